@@ -1,0 +1,237 @@
+"""The loops: exact on every architecture and at every edge, their invariant kept, their figures right."""
+
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCABULARY, always_wrong, like, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import speculative_decoding as sd
+
+PROMPT = [5, 9, 13, 2, 40]
+
+
+def ids_of(tokens):
+    return torch.tensor([tokens])
+
+
+def greedy(model, prompt, new=32, end=frozenset()):
+    return sd.greedy_decode(sd.CachedModel(model), ids_of(prompt), new, end)
+
+
+class Watched(sd.CachedModel):
+    """Notes how many tokens it has read whenever a round ends."""
+
+    def new_text(self, rolls_back=True):
+        super().new_text(rolls_back)
+        self.lengths = []
+
+    def roll_back(self, tokens):
+        super().roll_back(tokens)
+        self.lengths.append(self.cache.get_seq_length())
+
+
+def check(main, draft, prompt, new, end, k):
+    """Decode speculatively; assert that the text is the baseline's, and the invariant after every round."""
+    watched, draft = Watched(main), Watched(draft)
+    result = sd.speculative_decode(watched, draft, ids_of(prompt), new, end, k)
+    assert result.token_ids == greedy(main, prompt, new, end).token_ids
+    text = len(prompt) + 1
+    for (drafted, accepted), main_length, draft_length in zip(
+        result.rounds, watched.lengths, draft.lengths, strict=True
+    ):
+        assert drafted == k and 0 <= accepted <= k
+        text += accepted + 1
+        assert (main_length, draft_length) == (text - 1, text - 2)
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact_and_agrees_with_generate(family):
+    main = make_model(family)
+    expected = main.generate(ids_of(PROMPT), max_new_tokens=32, do_sample=False, pad_token_id=0)[0, len(PROMPT) :]
+    assert greedy(main, PROMPT).token_ids == expected.tolist()
+    assert len(set(expected.tolist())) > 1  # a varied text, or the test says little
+    for k in (1, 3, 8):
+        check(main, like(main, 0.05), PROMPT, 32, set(), k)
+    right = check(main, main, PROMPT, 32, set(), 4)
+    assert all(accepted == 4 for _, accepted in right.rounds)
+    wrong = check(main, always_wrong(main), PROMPT, 8, set(), 4)
+    assert all(accepted == 0 for _, accepted in wrong.rounds) and len(wrong.rounds) == 7
+
+
+PAIRS = {
+    (family, noise): (make_model(family), like(make_model(family), noise))
+    for family in ("llama", "gemma2", "mistral", "gpt2", "bloom")
+    for noise in (0.0, 0.02, 0.1)
+}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    pair=st.sampled_from(sorted(PAIRS)),
+    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=24),
+    new=st.integers(1, 24),
+    end=st.sets(st.integers(0, VOCABULARY - 1), max_size=6),
+    k=st.integers(1, 8),
+)
+def test_exact_for_any_prompt_limit_end_and_draft_length(pair, prompt, new, end, k):
+    result = check(*PAIRS[pair], prompt, new, end, k)
+    assert 1 <= len(result.token_ids) <= new
+    assert not end.intersection(result.token_ids[:-1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_the_end_of_text_at_every_place_of_a_round(gemma2, noise, k):
+    draft = like(gemma2, noise)
+    whole = greedy(gemma2, PROMPT, 24).token_ids
+    places = set()
+    for index in range(24):
+        if whole[index] in whole[:index]:
+            continue  # the text would end earlier
+        result = check(gemma2, draft, PROMPT, 24, {whole[index]}, k)
+        assert result.token_ids == whole[: index + 1]
+        before = 1 + sum(accepted + 1 for _, accepted in result.rounds[:-1])
+        places.add((index - before, result.rounds[-1][1]) if result.rounds else "prefill")
+    assert "prefill" in places
+    if noise == 0:  # every place of a round that is right throughout, from the first drafted token to the bonus token
+        assert {(place, k) for place in range(k + 1)} <= places
+    else:  # a correction
+        assert any(place != "prefill" and place[0] == place[1] < k for place in places)
+
+
+def test_the_limit_cuts_a_round_anywhere(gemma2):
+    whole = greedy(gemma2, PROMPT, 24).token_ids
+    for new in range(1, 24):
+        assert check(gemma2, gemma2, PROMPT, new, set(), 4).token_ids == whole[:new]
+
+
+def test_a_prompt_of_one_token(llama):
+    for k in (1, 4):
+        check(llama, like(llama, 0.05), [7], 16, set(), k)
+
+
+def test_the_models_can_be_used_again_for_another_text(gemma2):
+    main, draft = sd.CachedModel(gemma2), sd.CachedModel(like(gemma2, 0.05))
+    for prompt in (PROMPT, [3], PROMPT * 4, PROMPT):
+        result = sd.speculative_decode(main, draft, ids_of(prompt), 20, set(), 3)
+        assert result.token_ids == greedy(gemma2, prompt, 20).token_ids
+
+
+def test_only_the_shared_vocabulary_is_ever_chosen(gemma2):
+    whole = greedy(gemma2, PROMPT).token_ids
+    cut = max(whole)  # this token can no longer be written
+    main, draft = sd.CachedModel(gemma2, cut), sd.CachedModel(like(gemma2, 0.05), cut)
+    result = sd.speculative_decode(main, draft, ids_of(PROMPT), 32, set(), 3)
+    assert max(result.token_ids) < cut
+    assert result.token_ids == sd.greedy_decode(main, ids_of(PROMPT), 32, set()).token_ids
+
+
+# Every figure, by an independent reference: no cache, each logit from a pass over the whole text.
+
+
+def logits_of(model, tokens):
+    with torch.inference_mode():
+        return model(input_ids=ids_of(tokens), use_cache=False).logits[0].float()
+
+
+def reference(main, draft, prompt, new, end, k):
+    """Token ids, (drafted, accepted) of each round, and the sum of the drafted tokens' log-likelihoods."""
+    text = prompt + [logits_of(main, prompt)[-1].argmax().item()]
+    rounds, log_likelihood = [], 0.0
+
+    def complete():
+        written = text[len(prompt) :]
+        ends = [i + 1 for i, token in enumerate(written) if token in end] + [new]
+        return written[: min(ends)] if len(written) >= min(ends) else None
+
+    while complete() is None:
+        guesses = []
+        for _ in range(k):
+            guesses.append(logits_of(draft, text + guesses)[-1].argmax().item())
+        logits = logits_of(main, text + guesses)[len(text) - 1 :]
+        log_probabilities = logits.double().log_softmax(-1)
+        log_likelihood += sum(log_probabilities[i, guess].item() for i, guess in enumerate(guesses))
+        accepted = 0
+        while accepted < k and guesses[accepted] == logits[accepted].argmax().item():
+            accepted += 1
+        text += guesses[:accepted] + [logits[accepted].argmax().item()]
+        rounds.append((k, accepted))
+    return complete(), rounds, log_likelihood
+
+
+@pytest.mark.parametrize(("family", "noise"), [("gemma2", 0.1), ("llama", 0.03), ("gpt2", 0.15)])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_every_figure_against_a_cacheless_reference(family, noise, k):
+    main = make_model(family)
+    draft = like(main, noise)
+    whole = greedy(main, PROMPT, 29).token_ids
+    end = {max(whole, key=whole.index)}  # the one that comes latest
+    tokens, rounds, log_likelihood = reference(main, draft, PROMPT, 29, end, k)
+    result = sd.speculative_decode(sd.CachedModel(main), sd.CachedModel(draft), ids_of(PROMPT), 29, end, k)
+    assert (result.token_ids, result.rounds) == (tokens, rounds)
+    assert result.log_likelihood == pytest.approx(log_likelihood, rel=1e-4)
+
+    figures = sd.acceptance([result])
+    accepted = sum(a for _, a in rounds)
+    tested = sum(a + (a < k) for _, a in rounds)
+    assert 0 < accepted < tested  # a draft that is right and wrong
+    assert figures["rounds"] == len(rounds) and figures["drafted"] == k * len(rounds)
+    assert figures["accepted"] == accepted
+    assert figures["acceptance_rate"] == pytest.approx(accepted / (k * len(rounds)))
+    assert figures["alpha"] == pytest.approx(accepted / tested)
+    assert figures["tokens_per_round"] == pytest.approx((len(tokens) - 1) / len(rounds))
+    assert figures["log_likelihood"] == pytest.approx(log_likelihood, rel=1e-4)
+    assert figures["log_likelihood_per_token"] == pytest.approx(log_likelihood / (k * len(rounds)), rel=1e-4)
+    assert 0 < result.draft_s + result.verify_s < result.latency_s and result.first_token_s < result.latency_s
+
+
+def run_of(tokens, latency, first, rounds=(), draft_s=0.0, verify_s=0.0):
+    return sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, draft_s, verify_s)
+
+
+def test_the_summary_by_hand():
+    runs = [
+        (run_of(21, 2.5, 0.5), run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.55), None),
+        (run_of(11, 1.5, 0.5), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.6, 1.1), sd.Divergence(1, 1, 2, 0, 1, "tie")),
+    ]
+    summary = sd.summarise(runs, 3)
+    assert summary["baseline"] == {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0}
+    assert summary["speculative"]["latency_s"] == 1.5
+    assert summary["speedup_percent"] == pytest.approx(100 * (4.0 / 3.0 - 1))
+    # 15 accepted of 25 tested: α = 0.6. A baseline step takes 3 / 30 s, a draft step 0.9 / 45, a verify pass 1.65 / 15.
+    assert summary["speculative"]["alpha"] == pytest.approx(0.6)
+    assert summary["draft_cost"] == pytest.approx(0.2) and summary["verify_cost"] == pytest.approx(1.1)
+    tokens = 1 + 0.6 + 0.6**2 + 0.6**3
+    assert summary["predicted_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1.1) - 1))
+    assert summary["ideal_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1) - 1))
+    assert (summary["identical"], summary["ties"], summary["mismatches"]) == (1, 1, 0)
+    assert sd.promised_percent(1.0, 3, 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
+
+
+def test_figures_that_cannot_be_had_are_none(llama):
+    one = sd.speculative_decode(sd.CachedModel(llama), sd.CachedModel(llama), ids_of(PROMPT), 1, set(), 3)
+    assert one.rounds == [] and len(one.token_ids) == 1
+    figures = sd.acceptance([one])
+    assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
+    summary = sd.summarise([(greedy(llama, PROMPT, 1), one, None)], 3)
+    assert summary["predicted_speedup_percent"] is None
+    assert sd.ratio(math.inf, 2) is None
+
+
+def test_methods_take_turns_and_the_median_counts(llama):
+    main, draft = sd.CachedModel(llama), sd.CachedModel(llama)
+    order = []
+    results = list(
+        sd.measure(
+            main, draft, [ids_of(PROMPT), ids_of([4])], 3, set(), 2, 3, 1, lambda i, what: order.append((i, what))
+        )
+    )
+    assert order[:2] == [(0, "warm-up")] * 2
+    b, s = "baseline", "speculative"
+    assert [what for index, what in order[2:] if index == 0] == [b, s, s, b, b, s]
+    assert [what for index, what in order[2:] if index == 1] == [s, b, b, s, s, b]
+    assert len(results) == 2 and all(divergence is None for _, _, divergence in results)
