@@ -35,11 +35,13 @@ What is deliberately not here: sampling (both methods are greedy), batches of mo
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import statistics
 import sys
 import time
 import unicodedata
@@ -53,10 +55,19 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 BUNDLED = HERE / "tests" / "tiny_gemma2"
+LONGEST_AUTO = 16  # the most tokens that a round drafts where the program itself chooses how many
 DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
 
 
@@ -70,8 +81,9 @@ class CannotRun(Exception):
 class CachedModel:
     """A causal language model, and the keys and values of the text that it has read.
 
-    Each call reads further tokens of one text. `roll_back` forgets the latest ones again: it is what lets a rejected
-    guess disappear without reading the text anew.
+    Each call reads further tokens of one text. `roll_back` forgets the latest ones again: it is what lets a wrong guess
+    disappear without reading the text anew. Two caches are possible: one that grows, for eager runs, and one of fixed
+    size, for compiled ones.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None):
@@ -79,10 +91,15 @@ class CachedModel:
         self.model = model.eval()
         self.device = model.device
         self.vocabulary = vocabulary
+        self.compiled = {}  # (step, number of tokens): the compiled function
+        self.lengths = None  # of the layers' fixed storage: [] on the device, each
         self.new_text()
 
     def new_text(self, rolls_back: bool = True) -> None:
         """Forget the text. A cache that never rolls back need not keep what leaves a sliding window."""
+        if self.lengths is not None:
+            self.cache.reset()  # new storage would mean new graphs
+            return
         self.cache = DynamicCache(config=self.model.config)
         if rolls_back:
             self.cache.activate_past_recording()
@@ -96,22 +113,80 @@ class CachedModel:
         return output.logits[0, :, : self.vocabulary]
 
     def next_token(self, ids: Tensor) -> Tensor:
-        """Read tokens; return the likeliest next one. ids: [1, n]. Returns [1, 1]."""
-        return self.read(ids, last=1).argmax(dim=-1, keepdim=True)
+        """Read tokens, [1, n]; return the likeliest next one, [1, 1]."""
+        return self.step(self._next_token, ids)[0]
+
+    def _next_token(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.read(ids, last=1).argmax(dim=-1, keepdim=True),)
+
+    def guess(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read tokens, [1, n]; return the likeliest next one, [1, 1], and its probability, [1], in float32."""
+        return self.step(self._guess, ids)
+
+    def _guess(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.read(ids, last=1).float()
+        best, token = logits.max(dim=-1, keepdim=True)
+        return token, (best[0] - logits.logsumexp(dim=-1)).exp()
 
     def verify(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the text's last token and K drafted ones, in one pass.
+        """Read the text's last token and K drafted ones, [1, K+1], in one pass.
 
-        ids: [1, K+1]. Returns the likeliest next token after each, [1, K+1], and the natural logarithm of the
-        probability of each drafted token, given all before it, [K], in float32.
+        Returns the likeliest next token after each, [1, K+1], and the natural logarithm of the probability of each
+        drafted token, given all before it, [K], in float32.
         """
+        tokens = ids.shape[1]
+        wider = min((n for step, n in self.compiled if step == "_verify" and n >= tokens > 1), default=tokens)
+        choices, log_likelihood = self.step(self._verify, torch.nn.functional.pad(ids, (0, wider - tokens)))
+        if wider > tokens:  # a pass of a compiled width: ignore the padding, and forget it
+            self.roll_back(wider - tokens)
+        return choices[:, :tokens], log_likelihood[: tokens - 1]
+
+    def _verify(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.read(ids)
         log_likelihood = -torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
         return logits.argmax(dim=-1)[None], log_likelihood
 
     def roll_back(self, tokens: int) -> None:
         """Forget the latest tokens that were read. Also lets sliding windows drop what they no longer need."""
-        self.cache.crop(-tokens)
+        if self.lengths is None:
+            self.cache.crop(-tokens)
+        elif tokens:  # what lies behind the length is masked, and written over by the next tokens
+            torch._foreach_add_(self.lengths, -tokens)
+
+    def step(self, function: Callable, ids: Tensor) -> tuple[Tensor, ...]:
+        """Run a step; compiled if it is for so many tokens, else eagerly: a prompt can have any length."""
+        if (compiled := self.compiled.get((function.__name__, ids.shape[1]))) is None:
+            return function(ids)
+        # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
+        # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
+        # they take outputs that are still held for memory in use, and record themselves anew.
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(output.clone() for output in compiled(ids))
+
+    @torch.no_grad()
+    def compile(self, capacity: int, widths: dict[str, set[int]]) -> None:
+        """Compile steps for the numbers of tokens that occur again and again; the cache gets a fixed size.
+
+        capacity: the most tokens of a text. widths: for "next_token", "guess" or "verify", the numbers of tokens. Each
+        step is compiled whole, with its argmax and log-likelihood, so that a few numbers are all that leaves it. Layers
+        with sliding windows are stored in full, too: the mask hides what lies outside a window, and whole layers can
+        roll back by moving a length. Raises what the compiler raises.
+        """
+        kinds = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+        layers = DynamicCache(config=self.model.config).layers
+        if not kinds.issuperset(map(type, layers)):
+            raise NotImplementedError(f"{self.model.config.model_type} needs a cache of its own kind")
+        self.cache = Cache(layers=[layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers])
+        # Read something before compiling: graphs need the storage at an address that never changes.
+        self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
+        for name, numbers in widths.items():
+            step = torch.compile(getattr(self, f"_{name}"), mode="reduce-overhead", dynamic=False)
+            for tokens in sorted(numbers):
+                self.compiled[f"_{name}", tokens] = step
+                for _ in range(3):  # compile; capture a graph; replay it
+                    self.new_text()
+                    getattr(self, name)(torch.zeros(1, tokens, dtype=torch.long, device=self.device))
 
 
 # 2  Greedy decoding (the baseline) ------------------------------------------------------------------------------------
@@ -119,7 +194,7 @@ class CachedModel:
 
 @dataclasses.dataclass
 class Decoded:
-    """What one decoding run wrote, and how long it took."""
+    """What one decoding run wrote, and how long it took, in seconds."""
 
     token_ids: list[int]
     latency_s: float = 0.0  # from the prompt's ids on the device to the last token on the host
@@ -127,6 +202,7 @@ class Decoded:
     # Speculative decoding only:
     rounds: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (drafted, accepted) tokens of each round
     log_likelihood: float = 0.0  # of all drafted tokens, by the main model, in nats
+    prefill_s: float = 0.0  # spent reading the prompt, by both models
     draft_s: float = 0.0  # spent drafting
     verify_s: float = 0.0  # spent in the main model's verifying passes
 
@@ -138,7 +214,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def mark(device: torch.device) -> "float | torch.Event":
+def mark(device: torch.device) -> float | torch.Event:
     """A point in the device's time, noted without waiting for the device: for times within a timed run."""
     if device.type == "cpu":
         return time.perf_counter()
@@ -147,7 +223,7 @@ def mark(device: torch.device) -> "float | torch.Event":
     return event
 
 
-def seconds_between(start: "float | torch.Event", end: "float | torch.Event") -> float:
+def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
     """The seconds between two marks; the device must have passed both."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
@@ -160,7 +236,7 @@ def cut(tokens: list[int], room: int, end_ids: set[int]) -> tuple[list[int], boo
     return tokens[:room], len(tokens) >= room
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy_decode(main: CachedModel, prompt_ids: Tensor, max_new_tokens: int, end_ids: set[int]) -> Decoded:
     """Decode with the main model alone: one forward pass a token.
 
@@ -168,7 +244,7 @@ def greedy_decode(main: CachedModel, prompt_ids: Tensor, max_new_tokens: int, en
     """
     start = now(main.device)
     main.new_text(rolls_back=False)
-    token = main.next_token(prompt_ids)
+    token = main.read(prompt_ids, last=1).argmax(dim=-1, keepdim=True)  # [1, 1]
     tokens, ended = cut([token.item()], max_new_tokens, end_ids)
     first_token_s = now(main.device) - start
     while not ended:
@@ -190,72 +266,175 @@ def greedy_decode(main: CachedModel, prompt_ids: Tensor, max_new_tokens: int, en
 # guesses are right, the text grows by d1 … dn and one token of the main model's own. So what each model has read too
 # much is, for both, K-n tokens. They roll back by so many, and the invariant holds again, for n = K as for any other n:
 # nothing is special about a round whose guesses are all right. And every pass has the same shape in every round.
+#
+# Only a round without any guess, which an automatic K allows, leaves the draft further behind: it reads on when it is
+# asked again.
 
 
-@torch.inference_mode()
+class FixedLength:
+    """Draft the same number of tokens in every round."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+
+    def wants_another(self, confidences: list[Tensor]) -> bool:
+        """Whether to draft one more, given the draft's own probabilities, each [1], of what this round has drafted."""
+        return len(confidences) < self.longest
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """What became of the round."""
+
+
+@torch.no_grad()
 def speculative_decode(
     main: CachedModel,
     draft: CachedModel,
     prompt_ids: Tensor,
     max_new_tokens: int,
     end_ids: set[int],
-    draft_tokens: int,
+    draft_length: FixedLength,
 ) -> Decoded:
     """Decode with the draft's help: the same text, several tokens a forward pass of the main model.
 
-    Leviathan et al. 2023, algorithm 1, for greedy decoding. prompt_ids: [1, n], n ≥ 1, on the models' device.
-    draft_tokens: K ≥ 1, how many tokens a round drafts. The last round is a whole one too; what it gives beyond the
-    end of the text is cut off.
+    Leviathan et al. 2023, algorithm 1, for greedy decoding. prompt_ids: [1, n], n ≥ 1, on the models' device. The last
+    round is a whole one too; what it gives beyond the end of the text is cut off.
     """
     start = now(main.device)
     main.new_text()
     draft.new_text()
-    first = main.next_token(prompt_ids)
+    first = main.read(prompt_ids, last=1).argmax(dim=-1, keepdim=True)  # [1, 1]
     tokens, ended = cut([first.item()], max_new_tokens, end_ids)
     first_token_s = now(main.device) - start
     if prompt_ids.shape[1] > 1:
         draft.read(prompt_ids[:, :-1], last=1)
-    last_two = torch.cat([prompt_ids[:, -1:], first], dim=1)  # [1, 2]: the end of the text
+    unread = torch.cat([prompt_ids[:, -1:], first], dim=1)  # [1, 2]: the end of the text, which the draft has not read
 
-    rounds, marks, log_likelihoods = [], [], []
+    rounds, log_likelihoods, marks = [], [], [mark(main.device)]
     while not ended:
-        # 1. Draft: K guesses, one after the other. The host only queues work here; it waits for nothing.
-        began = mark(main.device)
-        drafted = [draft.next_token(last_two)]
-        while len(drafted) < draft_tokens:
-            drafted.append(draft.next_token(drafted[-1]))
-        guesses = torch.cat([last_two[:, 1:], *drafted], dim=1)  # [1, K+1]: the text's last token, d1 … dK
+        # 1. Draft: K guesses, one after the other. With a fixed K, the host only queues work here and waits for nothing.
+        guesses, confidences, ids = [unread[:, -1:]], [], unread
+        while draft_length.wants_another(confidences):
+            ids, confidence = draft.guess(ids)
+            guesses.append(ids)
+            confidences.append(confidence)
+        guesses = torch.cat(guesses, dim=1)  # [1, K+1]: the text's last token, d1 … dK
+        marks.append(mark(main.device))
 
         # 2. Verify: one pass of the main model says what it would have written at each place itself.
-        drafting_ended = mark(main.device)
         choices, log_likelihood = main.verify(guesses)  # [1, K+1]: g1 … g(K+1); [K]
-        verified = mark(main.device)
+        marks.append(mark(main.device))
 
         # 3. Accept the guesses before the first wrong one, and the main model's own token in its place, or behind them
         #    all. The one moment in a round when the host waits for the device and reads from it.
         (_, *d), g = torch.cat([guesses, choices]).tolist()
-        accepted = next((i for i in range(draft_tokens) if d[i] != g[i]), draft_tokens)
+        drafted = len(d)
+        accepted = next((i for i in range(drafted) if d[i] != g[i]), drafted)
         emitted, ended = cut(g[: accepted + 1], max_new_tokens - len(tokens), end_ids)  # g1 … gn are d1 … dn
         tokens += emitted
 
         # 4. Roll back: both models forget the wrong guesses.
-        main.roll_back(draft_tokens - accepted)
-        draft.roll_back(draft_tokens - accepted)
+        main.roll_back(drafted - accepted)
+        draft.roll_back(drafted - accepted)
         last_two = torch.stack([guesses[0, accepted], choices[0, accepted]])[None]
+        unread = last_two if drafted else torch.cat([unread[:, :-1], last_two], dim=1)
 
-        rounds.append((draft_tokens, accepted))
-        marks.append((began, drafting_ended, verified))
+        draft_length.learn(drafted, accepted)
+        rounds.append((drafted, accepted))
         log_likelihoods.append(log_likelihood)
+        marks.append(mark(main.device))
 
+    latency_s = now(main.device) - start
+    spent = [seconds_between(earlier, later) for earlier, later in itertools.pairwise(marks)]
     return Decoded(
         tokens,
-        now(main.device) - start,
+        latency_s,
         first_token_s,
         rounds,
         log_likelihood=torch.cat(log_likelihoods).sum().item() if rounds else 0.0,
-        draft_s=sum(seconds_between(began, ended) for began, ended, _ in marks),
-        verify_s=sum(seconds_between(began, ended) for _, began, ended in marks),
+        prefill_s=latency_s - sum(spent),
+        draft_s=sum(spent[0::3]),
+        verify_s=sum(spent[1::3]),
     )
+
+
+# How many tokens to draft: as long as one more is worth more than it costs.
+
+
+@dataclasses.dataclass
+class Costs:
+    """What passes cost on this machine, in seconds."""
+
+    draft_step_s: float
+    main_pass_s: dict[int, float]  # by the number of tokens; what lies between is interpolated
+
+    def main_pass(self, tokens: int) -> float:
+        """A pass of the main model over so many tokens."""
+        below = max(n for n in self.main_pass_s if n <= tokens)
+        above = min((n for n in self.main_pass_s if n >= tokens), default=below)
+        share = (tokens - below) / max(above - below, 1)
+        return self.main_pass_s[below] * (1 - share) + self.main_pass_s[above] * share
+
+
+@torch.no_grad()
+def measure_costs(main: CachedModel, draft: CachedModel, prompt_ids: Tensor, longest: int) -> Costs:
+    """Time the passes that speculative decoding consists of, at the end of a prompt, [1, n]: medians of 7."""
+
+    def seconds(model: CachedModel, step: Callable, tokens: int) -> float:
+        model.new_text()
+        model.read(prompt_ids, last=1)
+        ids, times = prompt_ids[:, -1:].expand(1, tokens).contiguous(), []
+        for _ in range(8):
+            start = now(model.device)
+            step(ids)
+            model.roll_back(tokens)
+            times.append(now(model.device) - start)
+        return statistics.median(times[1:])
+
+    widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
+    return Costs(seconds(draft, draft.guess, 1), {width: seconds(main, main.verify, width) for width in widths})
+
+
+class AutoLength(FixedLength):
+    """Draft while a further token is worth more than it costs; rest where not even one is.
+
+    With α the recent share of right guesses and K drafted tokens, a round yields 1 + α + … + α^K tokens (Leviathan et
+    al. 2023, equation 1). The best K by the measured costs gives the time per token that can be had, and that is what a
+    token is worth. One more guess yields a token if all guesses so far are right, by the draft's own probabilities, and
+    it is too, by α. It costs a draft step, and what it adds to the verify pass.
+    """
+
+    def __init__(self, longest: int, costs: Costs):
+        super().__init__(longest)
+        self.costs = costs
+        self.accepted, self.tested = 3.0, 4.0  # recent ones count most; a guess to begin with
+        self.rest, self.next_rest = 0, 4  # rounds to go without a draft; rounds of the next rest
+        self.learn(0, 0)
+
+    def wants_another(self, confidences: list[Tensor]) -> bool:
+        """As above; reads the latest probability from the device, so the host waits for the draft here."""
+        if not confidences:
+            self.all_right = 1.0
+            return self.rest == 0
+        self.all_right *= confidences[-1].item()
+        drafted, cost = len(confidences), self.costs
+        price = cost.draft_step_s + cost.main_pass(drafted + 2) - cost.main_pass(drafted + 1)
+        return drafted < self.longest and self.all_right * self.alpha * self.worth_s > price
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Update α, and with it the worth of a token; a draft that does not pay rests, twice as long each time."""
+        if self.rest:
+            self.rest -= 1
+            return
+        self.accepted = 0.8 * self.accepted + accepted
+        self.tested = 0.8 * self.tested + min(accepted + 1, drafted)
+        self.alpha = self.accepted / self.tested
+        yields = list(itertools.accumulate(self.alpha**k for k in range(self.longest + 1)))
+        prices = [k * self.costs.draft_step_s + self.costs.main_pass(k + 1) for k in range(self.longest + 1)]
+        self.worth_s, best = min((price / tokens, k) for k, (price, tokens) in enumerate(zip(prices, yields)))
+        if best == 0:
+            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
+        else:
+            self.next_rest = 4
 
 
 # 4  Is the output the main model's own? -------------------------------------------------------------------------------
@@ -278,7 +457,7 @@ class Divergence:
     kind: str  # "tie": gap ≤ noise, the output is the main model's own within its rounding; "mismatch": it is not
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_divergence(
     main: CachedModel, prompt_ids: Tensor, baseline: list[int], speculative: list[int]
 ) -> Divergence | None:
@@ -316,47 +495,81 @@ def find_divergence(
 # 5  Measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure(
+@torch.no_grad()
+def transformers_decode(
     main: CachedModel,
-    draft: CachedModel,
-    prompts_ids: list[Tensor],
+    draft: CachedModel | None,
+    prompt_ids: Tensor,
     max_new_tokens: int,
     end_ids: set[int],
-    draft_tokens: int,
+    draft_tokens: int | None = None,
+) -> Decoded:
+    """What a user would run instead: transformers' own generate(), assisted by the draft if there is one.
+
+    draft_tokens: K for every round, or None for the library's defaults. Nothing but greedy decoding runs, whatever the
+    models' own generation configs ask for (sampling, repetition penalties, …).
+    """
+    models = [cached.model for cached in (main, draft) if cached]
+    saved = [model.generation_config for model in models]
+    for model in models:  # the library reads what it is not told from these
+        model.generation_config = GenerationConfig()
+    if draft and draft_tokens:
+        draft.model.generation_config = GenerationConfig(
+            num_assistant_tokens=draft_tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(end_ids) or None, pad_token_id=0
+    )
+    try:
+        start = now(main.device)
+        output = main.model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            generation_config=config,
+            assistant_model=draft.model if draft else None,
+        )
+        tokens = output[0, prompt_ids.shape[1] :].tolist()
+        return Decoded(tokens, now(main.device) - start)
+    finally:
+        for model, config in zip(models, saved):
+            model.generation_config = config
+
+
+def measure(
+    main: CachedModel,
+    prompts_ids: list[Tensor],
+    methods: dict[str, Callable[[Tensor], Decoded]],
     repeats: int = 1,
     warmup: int = 1,
-    announce: Callable[[int, str], None] = lambda prompt, what: None,
-) -> Iterator[tuple[Decoded, Decoded, Divergence | None]]:
-    """Decode each prompt, [1, n] on the models' device, with both methods; yield baseline, speculative, divergence.
+    announce: Callable[[int, str], None] = lambda prompt, method: None,
+) -> Iterator[dict[str, tuple[Decoded, Divergence | None]]]:
+    """Decode each prompt, [1, n] on the models' device, with all methods; yield what each wrote, and where it diverges.
 
-    `announce` is told the prompt's index and the method before each run, outside the timed part.
+    The first method is the baseline: the others' outputs are compared with its. `announce` is told the prompt's index
+    and the method before each run, outside the timed part.
     """
-
-    def baseline(ids: Tensor) -> Decoded:
-        return greedy_decode(main, ids, max_new_tokens, end_ids)
-
-    def speculative(ids: Tensor) -> Decoded:
-        return speculative_decode(main, draft, ids, max_new_tokens, end_ids, draft_tokens)
-
     for _ in range(warmup):  # first runs are slow: memory is allocated, kernels are loaded, clocks speed up
-        for method in (baseline, speculative):
-            announce(0, "warm-up")
+        for name, method in methods.items():
+            announce(0, f"warm-up, {name}")
             method(prompts_ids[0])
     for index, ids in enumerate(prompts_ids):
-        runs = {baseline: [], speculative: []}
+        runs = {name: [] for name in methods}
         for repeat in range(repeats):
-            order = list(runs) if (index + repeat) % 2 == 0 else list(runs)[::-1]  # neither method always goes first
-            for method in order:
-                announce(index, method.__name__)
-                runs[method].append(method(ids))
+            order = list(methods) if (index + repeat) % 2 == 0 else list(methods)[::-1]  # none always goes first
+            for name in order:
+                announce(index, name)
+                runs[name].append(methods[name](ids))
         # The run with the median latency counts; of an even number of runs, the faster of the middle two.
         counted = [sorted(of_one, key=lambda run: run.latency_s)[(repeats - 1) // 2] for of_one in runs.values()]
-        yield *counted, find_divergence(main, ids, *[run.token_ids for run in counted])
+        expected = counted[0].token_ids
+        yield {name: (run, find_divergence(main, ids, expected, run.token_ids)) for name, run in zip(methods, counted)}
 
 
-def ratio(numerator: float, denominator: float) -> float | None:
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
     """The quotient; None (null in JSON, a dash in the table) where there is none."""
-    quotient = numerator / denominator if denominator else math.nan
+    quotient = numerator / denominator if denominator and numerator is not None else math.nan
     return quotient if math.isfinite(quotient) else None
 
 
@@ -377,6 +590,8 @@ def acceptance(runs: list[Decoded]) -> dict:
     drafted, accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
     tested = sum(min(a + 1, d) for d, a in rounds)
     log_likelihood = sum(run.log_likelihood for run in runs)
+    times = {f"{part}_s": sum(getattr(run, f"{part}_s") for run in runs) for part in ("prefill", "draft", "verify")}
+    lengths = [d for d, _ in rounds]
     return {
         "rounds": len(rounds),
         "drafted": drafted,
@@ -384,65 +599,75 @@ def acceptance(runs: list[Decoded]) -> dict:
         "acceptance_rate": ratio(accepted, drafted),
         "alpha": ratio(accepted, tested),
         "tokens_per_round": ratio(sum(len(run.token_ids) - 1 for run in runs), len(rounds)),
+        "drafted_per_round": ratio(drafted, len(rounds)),
+        "drafted_histogram": {str(length): lengths.count(length) for length in sorted(set(lengths))},
         "log_likelihood": ratio(log_likelihood, 1),
         "log_likelihood_per_token": ratio(log_likelihood, drafted),
-        "draft_s": sum(run.draft_s for run in runs),
-        "verify_s": sum(run.verify_s for run in runs),
+        **times,
+        "other_s": sum(run.latency_s for run in runs) - sum(times.values()),
     }
 
 
 def speedup_percent(baseline: dict, speculative: dict) -> float | None:
     """100 × (speculative / baseline tokens per second − 1)."""
-    quotient = ratio(speculative["tokens_per_s"] or 0, baseline["tokens_per_s"] or 0)
+    quotient = ratio(speculative["tokens_per_s"], baseline["tokens_per_s"])
     return None if quotient is None else 100 * (quotient - 1)
 
 
-def promised_percent(alpha: float | None, draft_tokens: int, draft_cost: float | None, verify_cost: float | None):
+def promised_percent(alpha: float | None, drafted: float | None, draft_cost: float | None, verify_cost: float | None):
     """The speedup in percent that theory promises: Leviathan et al. 2023, theorem 3.8, which has verify_cost = 1.
 
-    A round gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and costs K draft steps and one verify pass, each
-    in units of one baseline step. None if any of these is unknown.
+    A round that drafts K tokens (their mean, where it varies) gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and
+    costs K draft steps and one verify pass, each in units of one baseline step. None if any of these is unknown.
     """
-    if None in (alpha, draft_cost, verify_cost):
+    if None in (alpha, drafted, draft_cost, verify_cost):
         return None
-    tokens = draft_tokens + 1 if alpha == 1 else (1 - alpha ** (draft_tokens + 1)) / (1 - alpha)
-    return 100 * (tokens / (draft_tokens * draft_cost + verify_cost) - 1)
+    tokens = drafted + 1 if alpha == 1 else (1 - alpha ** (drafted + 1)) / (1 - alpha)
+    return 100 * (tokens / (drafted * draft_cost + verify_cost) - 1)
 
 
 def report_prompt(
-    prompt: str, prompt_tokens: int, baseline: Decoded, speculative: Decoded, divergence: Divergence | None, tokenizer
+    prompt: str, prompt_tokens: int, baseline: Decoded, run: Decoded, divergence: Divergence | None, tokenizer, key: str
 ) -> dict:
-    """All that is known about one prompt, as it stands in the JSON."""
+    """What the baseline and another method, called `key`, did with one prompt: as it stands in the JSON."""
 
-    def output(run: Decoded) -> dict:
-        text = tokenizer.decode(run.token_ids, skip_special_tokens=True)
-        return speed([run]) | {"first_token_s": run.first_token_s, "text": text, "token_ids": run.token_ids}
+    def output(decoded: Decoded) -> dict:
+        text = tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
+        first = {"first_token_s": decoded.first_token_s or None}
+        return speed([decoded]) | first | {"text": text, "token_ids": decoded.token_ids}
 
-    report = {"baseline": output(baseline), "speculative": output(speculative) | acceptance([speculative])}
     return {
         "prompt": prompt,
         "prompt_tokens": prompt_tokens,
-        **report,
-        "speedup_percent": speedup_percent(**report),
+        "baseline": output(baseline),
+        key: output(run) | acceptance([run]),
+        "speedup_percent": speedup_percent(speed([baseline]), speed([run])),
         "identical": divergence is None,
         "divergence": divergence and dataclasses.asdict(divergence),
     }
 
 
-def summarise(runs: list[tuple[Decoded, Decoded, Divergence | None]], draft_tokens: int) -> dict:
-    """The same over all prompts, and what theory says to it. runs: baseline, speculative, divergence of each prompt."""
-    baselines, speculatives, divergences = zip(*runs)
-    report = {"baseline": speed(baselines), "speculative": speed(speculatives) | acceptance(speculatives)}
-    counts = report["speculative"]
-    baseline_steps = sum(len(run.token_ids) - 1 for run in baselines)
-    baseline_step = ratio(sum(run.latency_s - run.first_token_s for run in baselines), baseline_steps)
-    draft_cost = ratio(counts["draft_s"], counts["drafted"] * (baseline_step or 0))
-    verify_cost = ratio(counts["verify_s"], counts["rounds"] * (baseline_step or 0))
+def summarise(baselines: list[Decoded], runs: list[Decoded], divergences: list[Divergence | None], key: str) -> dict:
+    """The same over all prompts, and what theory promises."""
+    baseline, method = speed(baselines), speed(runs) | acceptance(runs)
+    steps = sum(len(run.token_ids) - 1 for run in baselines)
+    step_s = ratio(sum(run.latency_s - run.first_token_s for run in baselines), steps)
+    draft_step_s, verify_pass_s = (
+        ratio(method["draft_s"], method["drafted"]),
+        ratio(method["verify_s"], method["rounds"]),
+    )
+    draft_cost, verify_cost = ratio(draft_step_s, step_s), ratio(verify_pass_s, step_s)
+    rates = method["alpha"], method["drafted_per_round"], draft_cost
     kinds = [divergence and divergence.kind for divergence in divergences]
-    return report | {
-        "speedup_percent": speedup_percent(**report),
-        "predicted_speedup_percent": promised_percent(counts["alpha"], draft_tokens, draft_cost, verify_cost),
-        "ideal_speedup_percent": promised_percent(counts["alpha"], draft_tokens, draft_cost, 1.0),
+    return {
+        "baseline": baseline,
+        key: method,
+        "speedup_percent": speedup_percent(baseline, method),
+        "predicted_speedup_percent": promised_percent(*rates, verify_cost),
+        "ideal_speedup_percent": promised_percent(*rates, 1.0),
+        "baseline_step_s": step_s,
+        "draft_step_s": draft_step_s,
+        "verify_pass_s": verify_pass_s,
         "draft_cost": draft_cost,  # one draft step, in baseline steps: the c of Leviathan et al.
         "verify_cost": verify_cost,  # one verify pass, in baseline steps
         "identical": kinds.count(None),
@@ -497,43 +722,87 @@ def print_headings(console: Console) -> None:
     print_row(console, [heading for heading, _ in COLUMNS], "bold")
 
 
-def print_report(console: Console, number: str, title: str, report: dict) -> None:
-    """Print one prompt's row, or the row of the averages."""
-    baseline, speculative, faster = report["baseline"], report["speculative"], report["speedup_percent"]
-    cells = [number, plain(title), str(speculative["new_tokens"])]
-    for method in (baseline, speculative):
-        cells += [figure(method["latency_s"]), figure(method["tokens_per_s"])]
-    cells.append(Text(percent(faster, "+"), style="green" if (faster or 0) > 0 else "red"))
-    if "mismatches" in report:  # the averages
-        same = Text(f"{report['identical']}/{report['identical'] + report['ties'] + report['mismatches']}")
-    else:
-        kind = "yes" if report["identical"] else report["divergence"]["kind"]
-        same = {"yes": Text("yes", "green"), "tie": Text("tie", "yellow"), "mismatch": Text("NO", "bold red")}[kind]
-    rate = speculative["acceptance_rate"]
-    cells += [percent(None if rate is None else 100 * rate), figure(speculative["log_likelihood_per_token"]), same]
-    print_row(console, cells)
+def print_reports(console: Console, number: str, title: str, reports: dict[str, dict]) -> None:
+    """Print the rows of one prompt, or of the averages; reports: by the method's name, speculative decoding first.
+
+    A single draft length shares the prompt's row with the baseline; of several, each has a row of its own.
+    """
+    first, single = next(iter(reports.values())), sum("speculative" in report for report in reports.values()) == 1
+    baseline = [figure(first["baseline"][key]) for key in ("latency_s", "tokens_per_s")]
+    start = [number, plain(title), str(first["baseline"]["new_tokens"]), *baseline]
+    if not single:
+        print_row(console, start + [""] * 6)
+    for name, report in reports.items():
+        method = report.get("speculative") or report["compared"]
+        faster, rate, likelihood = (
+            report["speedup_percent"],
+            method["acceptance_rate"],
+            method["log_likelihood_per_token"],
+        )
+        if "mismatches" in report:  # the averages
+            same = f"{report['identical']}/{report['identical'] + report['ties'] + report['mismatches']}"
+        else:
+            kind = "yes" if report["identical"] else report["divergence"]["kind"]
+            same = {"yes": Text("yes", "green"), "tie": Text("tie", "yellow"), "mismatch": Text("NO", "bold red")}[kind]
+        cells = start if single and report is first else ["", f"  {name}", str(method["new_tokens"]), "", ""]
+        cells = [*cells, figure(method["latency_s"]), figure(method["tokens_per_s"])]
+        cells.append(Text(percent(faster, "+"), "green" if (faster or 0) > 0 else "red"))
+        cells += ["", ""] if rate is None else [percent(100 * rate), figure(likelihood)]  # no draft, or none of ours
+        print_row(console, [*cells, same])
 
 
-def in_words(run: dict) -> list[str]:
-    """The result as sentences that a person can quote, and what to try next where the draft does not pay."""
-    summary, draft_tokens = run["summary"], run["draft_tokens"]
-    counts, prompts = summary["speculative"], run["prompts"]
+def print_lengths(console: Console, runs: list[dict]) -> None:
+    """Print the table that compares draft lengths: what each gained, and why."""
+    table = Table(box=None, padding=(0, 1), title="By draft length", title_justify="left", title_style="bold")
+    for heading in ("K", "faster", "predicted", "accept", "tokens/round", "draft step", "verify pass"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        summary = run["summary"]
+        counts = summary["speculative"]
+        steps = [summary[key] and f"{1000 * summary[key]:.2f} ms" for key in ("draft_step_s", "verify_pass_s")]
+        gains = [percent(summary[key], "+") for key in ("speedup_percent", "predicted_speedup_percent")]
+        rate = counts["acceptance_rate"]
+        cells = [*gains, percent(rate and 100 * rate), figure(counts["tokens_per_round"]), *steps]
+        table.add_row(str(run["draft_tokens"]), *[cell or "–" for cell in cells])
+    console.print(table)
+
+
+def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
+    """The result as sentences that a person can quote, and what to try next where the draft does not pay.
+
+    runs: one for each draft length; compared: one for each of the library's methods. Both as in the JSON.
+    """
+    best = max(runs, key=lambda run: run["summary"]["speedup_percent"] or -math.inf)
+    summary, counts, length = best["summary"], best["summary"]["speculative"], best["draft_tokens"]
+    lines = []
+    if len(runs) > 1:
+        lines.append(f"The best draft length was {length}.")
     if None in (summary["speedup_percent"], counts["tokens_per_round"]):
-        lines = ["Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers."]
+        lines.append("Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.")
     else:
         times = 1 + summary["speedup_percent"] / 100
         promises = [percent(summary[f"{kind}_speedup_percent"], "+") for kind in ("predicted", "ideal")]
-        lines = [
+        drafted = f" (auto drafted {counts['drafted_per_round']:.1f} a round)" if length == "auto" else ""
+        lines.append(
             f"Speculative decoding was {times:.2f} times as fast. Each verify pass of the main model gave "
-            f"{counts['tokens_per_round']:.1f} tokens; it cost {figure(summary['verify_cost'])} baseline steps, and a "
-            f"draft step {figure(summary['draft_cost'])}: predicted {promises[0]}, ideal {promises[1]}.",
-        ]
+            f"{counts['tokens_per_round']:.1f} tokens{drafted}; it cost {figure(summary['verify_cost'])} baseline steps, "
+            f"and a draft step {figure(summary['draft_cost'])}: predicted {promises[0]}, ideal {promises[1]}."
+        )
+        parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
+        spent = sum(counts[f"{part}_s"] for part in parts)
+        shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % went into {words}" for part, words in parts.items()]
+        lines.append(f"Of its time, {', '.join(shares)}.")
         if times < 1:
-            shorter = f"fewer --draft-tokens than {draft_tokens}, " if draft_tokens > 1 else ""
-            lines.append(f"The draft does not pay here. Try {shorter}a smaller draft, or one that is right more often.")
-    same = f"{summary['identical']} of {len(prompts)}" if summary["identical"] < len(prompts) else f"All {len(prompts)}"
+            advice = "" if length == "auto" else "--draft-tokens auto, "
+            lines.append(f"The draft does not pay here. Try {advice}a smaller draft, or one that is right more often.")
+    for other in compared:
+        gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
+        lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
+    ours = [(report, number) for run in runs for number, report in enumerate(run["prompts"], 1)]
+    identical = sum(report["identical"] for report, _ in ours)
+    same = f"All {len(ours)}" if identical == len(ours) else f"{identical} of {len(ours)}"
     lines.append(f"{same} outputs are the main model's own, token for token.")
-    for number, report in enumerate(prompts, 1):
+    for report, number in ours:
         if (divergence := report["divergence"]) is None:
             continue
         where = f"Prompt {number} parts from the baseline at new token {divergence['index'] + 1}"
@@ -725,6 +994,11 @@ def count(least: int):
     return parse
 
 
+def draft_lengths(text: str) -> list[int | str]:
+    """An argparse type: auto, a number, or several of these with commas between them."""
+    return list(dict.fromkeys("auto" if part == "auto" else count(1)(part) for part in text.split(",")))
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The options, as given. A bad one ends the program with one line and status 2."""
     parser = argparse.ArgumentParser(
@@ -739,7 +1013,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
     option("--prompts", metavar="FILE", help="one prompt a line, # for comments (default: prompts.txt)")
     option("--max-new-tokens", metavar="N", type=count(1), default=128, help="default: 128")
-    option("--draft-tokens", metavar="K", type=count(1), default=3, help="how many a round drafts (default: 3)")
+    lengths = "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the default)"
+    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
+    compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
+    option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
+    option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
     option("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     option("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on an accelerator, float32 on a CPU")
@@ -773,6 +1051,8 @@ def settle(options: argparse.Namespace, device: torch.device) -> str | None:
     options.draft = options.draft or DEFAULT_DRAFT
     options.prompts = options.prompts or os.path.relpath((BUNDLED if options.demo else HERE) / "prompts.txt")
     options.device = str(device)
+    if options.compile == "auto":
+        options.compile = "on" if device.type == "cuda" else "off"
     if options.dtype == "auto":
         options.dtype = "float32" if device.type == "cpu" else "bfloat16"
     return notice
@@ -795,9 +1075,10 @@ def describe(
         models.add_row(f"  {role}", plain(name), f"{size} parameters, {layers} layer{'s' * (layers != 1)}")
     console.print(models)
     threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
+    compiled = "compiled" if options.compile == "on" else "eager"
     console.print(
         f"  {environment['device']} ({plain(environment['device_name'])}{threads}), {environment['dtype']}, "
-        f"K = {options.draft_tokens}, up to {options.max_new_tokens} new tokens, {prompts} prompts"
+        f"K = {', '.join(map(str, options.draft_tokens))}, {compiled}, up to {options.max_new_tokens} new tokens, {prompts} prompts"
     )
 
 
@@ -813,11 +1094,16 @@ def load_pair(options: argparse.Namespace, device: torch.device, console: Consol
     return *[CachedModel(model, vocabulary) for model in models], tokenizer
 
 
+def longest(options: argparse.Namespace) -> int:
+    """The most tokens that any round may draft."""
+    return max(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)
+
+
 def encode_all(options: argparse.Namespace, prompts: list[str], tokenizer, context: float) -> list[Tensor]:
     """The token ids of all prompts, each [1, n]. Raises CannotRun for one that does not fit into the context."""
     chat = not options.no_chat_template and tokenizer.chat_template is not None
     encoded = [encode(tokenizer, prompt, chat) for prompt in prompts]
-    room = options.max_new_tokens + options.draft_tokens - 1  # the last round may draft beyond the last new token
+    room = options.max_new_tokens + longest(options) - 1  # the last round may draft beyond the last new token
     for number, ids in enumerate(encoded, 1):
         if not ids:
             raise CannotRun(f"prompt {number} of {options.prompts} comes to no tokens; leave it out")
@@ -827,6 +1113,41 @@ def encode_all(options: argparse.Namespace, prompts: list[str], tokenizer, conte
                 f"draft exceed the models' context of {context} tokens: lower --max-new-tokens, or shorten the prompt"
             )
     return [torch.tensor([ids], dtype=torch.long) for ids in encoded]
+
+
+def compile_pair(options: argparse.Namespace, main: CachedModel, draft: CachedModel, longest_prompt: int) -> None:
+    """Compile the steps of both models, for the numbers of tokens that come up. Raises what the compiler raises."""
+    capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
+    widths = {1, *(LONGEST_AUTO + 1 if length == "auto" else length + 1 for length in options.draft_tokens)}
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one step, several widths
+    main.compile(capacity, {"next_token": {1}, "verify": widths})
+    draft.compile(capacity, {"guess": {1, 2}})
+
+
+def choose_methods(
+    options: argparse.Namespace, main: CachedModel, draft: CachedModel, first_prompt: Tensor
+) -> tuple[dict[str, Callable], dict[str, dict]]:
+    """What to measure: the methods by name, the baseline first, and for each but that its part of the JSON, empty yet."""
+    limits = (options.max_new_tokens, set() if options.ignore_eos else end_tokens(main.model))
+    methods, parts = {"baseline": lambda ids: greedy_decode(main, ids, *limits)}, {}
+    for length in options.draft_tokens:
+        name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None}
+        chooser = None if length == "auto" else FixedLength(length)
+        if length == "auto":
+            costs = measure_costs(main, draft, first_prompt, LONGEST_AUTO)
+            chooser, part["costs"] = AutoLength(LONGEST_AUTO, costs), dataclasses.asdict(costs)
+        methods[name] = lambda ids, chooser=chooser: speculative_decode(main, draft, ids, *limits, chooser)
+        parts[name] = part
+    if options.compare:
+        alone = "transformers generate()"
+        methods[alone] = lambda ids: transformers_decode(main, None, ids, *limits)
+        parts[alone] = {"method": alone, "draft_tokens": None, "prompts": [], "summary": None}
+        for length in options.draft_tokens:
+            assisted = f"transformers assisted, K = {length}"
+            k = None if length == "auto" else length
+            methods[assisted] = lambda ids, k=k: transformers_decode(main, draft, ids, *limits, k)
+            parts[assisted] = {"method": assisted, "draft_tokens": length, "prompts": [], "summary": None}
+    return methods, parts
 
 
 def run(options: argparse.Namespace) -> int:
@@ -840,6 +1161,16 @@ def run(options: argparse.Namespace) -> int:
     main, draft, tokenizer = load_pair(options, device, errors)
     context = min(context_length(main.model), context_length(draft.model))
     prompts_ids = [ids.to(device) for ids in encode_all(options, prompts, tokenizer, context)]
+    if options.compile == "on":
+        errors.print("Compiling …", style="dim")
+        start = time.perf_counter()
+        try:
+            compile_pair(options, main, draft, max(ids.shape[1] for ids in prompts_ids))
+        except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
+            errors.print(f"warning: compiling failed, running eagerly: {first_line(error)}")
+            options.compile = "off"
+            main, draft = (CachedModel(cached.model, cached.vocabulary) for cached in (main, draft))
+        options.compile_s = time.perf_counter() - start
 
     environment = {
         "device": device.type,
@@ -850,8 +1181,10 @@ def run(options: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    measured = {"draft_tokens": options.draft_tokens, "prompts": [], "summary": None}
-    report = {"environment": environment, "settings": vars(options), "runs": [measured]}
+    methods, parts = choose_methods(options, main, draft, prompts_ids[0])
+    ours = [part for part in parts.values() if "method" not in part]
+    others = [part for part in parts.values() if "method" in part]
+    report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": others}
     if options.json:
         write_json(options.json, report)  # better to fail now than when all is measured
     describe(console, options, environment, main, draft, len(prompts))
@@ -871,17 +1204,20 @@ def run(options: argparse.Namespace) -> int:
         bar.start()
         bar.update(task, description=f"{what}, prompt {index + 1} of {len(prompts)}", completed=index, refresh=True)
 
-    end_ids = set() if options.ignore_eos else end_tokens(main.model)
-    runs, failure = [], None
-    limits = (options.max_new_tokens, end_ids, options.draft_tokens, options.repeats, options.warmup)
+    done, failure = [], None
     try:
-        for result in measure(main, draft, prompts_ids, *limits, announce):
+        for results in measure(main, prompts_ids, methods, options.repeats, options.warmup, announce):
             bar.stop()
-            prompt, ids = prompts[len(runs)], prompts_ids[len(runs)]
-            runs.append(result)
-            measured["prompts"].append(report_prompt(prompt, ids.shape[1], *result, tokenizer))
-            measured["summary"] = summarise(runs, options.draft_tokens)
-            print_report(console, str(len(runs)), prompt, measured["prompts"][-1])
+            prompt, tokens = prompts[len(done)], prompts_ids[len(done)].shape[1]
+            done.append(results)
+            baselines = [results["baseline"][0] for results in done]
+            for name, part in parts.items():
+                key = "compared" if "method" in part else "speculative"
+                run, divergence = results[name]
+                part["prompts"].append(report_prompt(prompt, tokens, baselines[-1], run, divergence, tokenizer, key))
+                part["summary"] = summarise(baselines, *zip(*[results[name] for results in done]), key)
+            latest = {name: part["prompts"][-1] for name, part in parts.items()}
+            print_reports(console, str(len(done)), prompt, latest)
             if options.json:
                 write_json(options.json, report)
     except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
@@ -889,17 +1225,20 @@ def run(options: argparse.Namespace) -> int:
     finally:
         bar.stop()
 
-    if runs:
-        print_report(console, "", "mean", measured["summary"])
+    if done:
+        print_reports(console, "", "mean", {name: part["summary"] for name, part in parts.items()})
         console.print()
-        for line in in_words(measured):
+        if len(ours) > 1:
+            print_lengths(console, ours)
+            console.print()
+        for line in in_words(ours, others):
             console.print(line)
     if isinstance(failure, KeyboardInterrupt):
-        errors.print(f"Interrupted after {len(runs)} of {len(prompts)} prompts.")
+        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
         return 130
     if failure:
-        raise CannotRun(f"out of memory at prompt {len(runs) + 1}: lower --max-new-tokens, or take a smaller pair")
-    return 1 if measured["summary"]["mismatches"] else 0
+        raise CannotRun(f"out of memory at prompt {len(done) + 1}: lower --max-new-tokens, or take a smaller pair")
+    return 1 if any(part["summary"]["mismatches"] for part in ours) else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

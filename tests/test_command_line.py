@@ -39,7 +39,16 @@ def one_prompt(tmp_path):
 def demo(tmp_path_factory):
     """The plain command, as a process of its own, in another folder: on a machine with no accelerator, the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, ROOT / "speculative_decoding.py", "--device", "cpu", "--json", "out.json"]
+    command = [
+        sys.executable,
+        ROOT / "speculative_decoding.py",
+        "--device",
+        "cpu",
+        "--draft-tokens",
+        "3",
+        "--json",
+        "out.json",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
     return done, json.loads((folder / "out.json").read_text())
 
@@ -76,7 +85,7 @@ def test_the_bundled_pair_is_what_it_should_be(demo):
 
 BOTH = {"new_tokens", "latency_s", "tokens_per_s"}
 RATES = {"rounds", "drafted", "accepted", "acceptance_rate", "alpha", "tokens_per_round"}
-RATES |= {"log_likelihood", "log_likelihood_per_token", "draft_s", "verify_s"}
+RATES |= {"log_likelihood", "log_likelihood_per_token", "draft_s", "verify_s", "other_s"}
 OUTPUT = BOTH | {"first_token_s", "text", "token_ids"}
 
 
@@ -87,7 +96,7 @@ def test_the_json_holds_what_the_design_promises(demo):
     options = "main draft demo prompts max_new_tokens draft_tokens device dtype repeats warmup ignore_eos json"
     assert set(report["settings"]) >= {*options.split(), "no_chat_template"}
     (measured,) = report["runs"]
-    assert measured["draft_tokens"] == 3 and len(measured["prompts"]) == 5
+    assert measured["draft_tokens"] == 3 and len(measured["prompts"]) == 5 and report["compared"] == []
     for prompt in measured["prompts"]:
         keys = {"prompt", "prompt_tokens", "baseline", "speculative", "speedup_percent", "identical", "divergence"}
         assert set(prompt) >= keys
@@ -111,7 +120,7 @@ def test_the_summary_follows_from_the_prompts(demo):
     faster = summary["speculative"]["tokens_per_s"] / summary["baseline"]["tokens_per_s"]
     assert summary["speedup_percent"] == pytest.approx(100 * (faster - 1))
     counts = summary["speculative"]
-    for key in ("rounds", "drafted", "accepted", "log_likelihood", "draft_s", "verify_s"):
+    for key in ("rounds", "drafted", "accepted", "log_likelihood", "draft_s", "verify_s", "other_s"):
         assert counts[key] == pytest.approx(sum(prompt["speculative"][key] for prompt in prompts))
     assert counts["drafted"] == 3 * counts["rounds"]
     assert (summary["identical"], summary["ties"], summary["mismatches"]) == (5, 0, 0)
@@ -137,7 +146,7 @@ def test_the_chat_template_is_the_models_own():
 
 
 def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
-    stale = loop_with("roll_back(draft_tokens - accepted)", "roll_back(max(0, draft_tokens - accepted - 1))")
+    stale = loop_with("roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))")
     monkeypatch.setattr(sd, "speculative_decode", stale)
     out = tmp_path / "out.json"
     assert run("--demo", "--json", out) == 1
@@ -147,12 +156,12 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
 
 
 def test_a_tie_is_shown_with_its_figures():
-    decoded = sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2)
+    decoded = sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3)
     divergence = sd.Divergence(16, 4, 5, 0.125, 0.25, "tie")
     tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    runs = [(decoded, decoded, None), (decoded, decoded, divergence)]
-    reports = [sd.report_prompt("p", 4, *run, tokenizer) for run in runs]
-    words = sd.in_words({"draft_tokens": 3, "prompts": reports, "summary": sd.summarise(runs, 3)})
+    reports = [sd.report_prompt("p", 4, decoded, decoded, d, tokenizer, "speculative") for d in (None, divergence)]
+    summary = sd.summarise([decoded] * 2, [decoded] * 2, [None, divergence], "speculative")
+    words = sd.in_words([{"draft_tokens": 3, "prompts": reports, "summary": summary}], [])
     assert words[-2] == "1 of 2 outputs are the main model's own, token for token."
     assert "Prompt 2" in words[-1] and "new token 17" in words[-1]
     assert "tie (gap 0.125, rounding noise 0.25)" in words[-1]
@@ -366,7 +375,7 @@ def test_the_table_fits_the_terminal(width):
     rates = {"acceptance_rate": 1.0, "log_likelihood_per_token": -12.345}
     report = {"baseline": slow, "speculative": slow | rates, "speedup_percent": 1234.5, "identical": True}
     sd.print_headings(console)
-    sd.print_report(console, "123", "A prompt of some length that must be cut", report)
+    sd.print_reports(console, "123", "A prompt of some length that must be cut", {"K = 3": report})
     *_, headings, row = console.file.getvalue().splitlines()
     assert len(row) <= width and len(headings) <= width
     assert row.endswith("99999  12346 123457  12346 123457 +1234 %  100 %  -12.3  yes")

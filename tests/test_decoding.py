@@ -26,21 +26,21 @@ class Watched(sd.CachedModel):
 
     def new_text(self, rolls_back=True):
         super().new_text(rolls_back)
-        self.lengths = []
+        self.noted = []
 
     def roll_back(self, tokens):
         super().roll_back(tokens)
-        self.lengths.append(self.cache.get_seq_length())
+        self.noted.append(self.cache.get_seq_length())
 
 
 def check(main, draft, prompt, new, end, k):
     """Decode speculatively; assert that the text is the baseline's, and the invariant after every round."""
     watched, draft = Watched(main), Watched(draft)
-    result = sd.speculative_decode(watched, draft, ids_of(prompt), new, end, k)
+    result = sd.speculative_decode(watched, draft, ids_of(prompt), new, end, sd.FixedLength(k))
     assert result.token_ids == greedy(main, prompt, new, end).token_ids
     text = len(prompt) + 1
     for (drafted, accepted), main_length, draft_length in zip(
-        result.rounds, watched.lengths, draft.lengths, strict=True
+        result.rounds, watched.noted, draft.noted, strict=True
     ):
         assert drafted == k and 0 <= accepted <= k
         text += accepted + 1
@@ -117,7 +117,7 @@ def test_a_prompt_of_one_token(llama):
 def test_the_models_can_be_used_again_for_another_text(gemma2):
     main, draft = sd.CachedModel(gemma2), sd.CachedModel(like(gemma2, 0.05))
     for prompt in (PROMPT, [3], PROMPT * 4, PROMPT):
-        result = sd.speculative_decode(main, draft, ids_of(prompt), 20, set(), 3)
+        result = sd.speculative_decode(main, draft, ids_of(prompt), 20, set(), sd.FixedLength(3))
         assert result.token_ids == greedy(gemma2, prompt, 20).token_ids
 
 
@@ -125,7 +125,7 @@ def test_only_the_shared_vocabulary_is_ever_chosen(gemma2):
     whole = greedy(gemma2, PROMPT).token_ids
     cut = max(whole)  # this token can no longer be written
     main, draft = sd.CachedModel(gemma2, cut), sd.CachedModel(like(gemma2, 0.05), cut)
-    result = sd.speculative_decode(main, draft, ids_of(PROMPT), 32, set(), 3)
+    result = sd.speculative_decode(main, draft, ids_of(PROMPT), 32, set(), sd.FixedLength(3))
     assert max(result.token_ids) < cut
     assert result.token_ids == sd.greedy_decode(main, ids_of(PROMPT), 32, set()).token_ids
 
@@ -171,7 +171,9 @@ def test_every_figure_against_a_cacheless_reference(family, noise, k):
     whole = greedy(main, PROMPT, 29).token_ids
     end = {max(whole, key=whole.index)}  # the one that comes latest
     tokens, rounds, log_likelihood = reference(main, draft, PROMPT, 29, end, k)
-    result = sd.speculative_decode(sd.CachedModel(main), sd.CachedModel(draft), ids_of(PROMPT), 29, end, k)
+    result = sd.speculative_decode(
+        sd.CachedModel(main), sd.CachedModel(draft), ids_of(PROMPT), 29, end, sd.FixedLength(k)
+    )
     assert (result.token_ids, result.rounds) == (tokens, rounds)
     assert result.log_likelihood == pytest.approx(log_likelihood, rel=1e-4)
 
@@ -189,49 +191,60 @@ def test_every_figure_against_a_cacheless_reference(family, noise, k):
     assert 0 < result.draft_s + result.verify_s < result.latency_s and result.first_token_s < result.latency_s
 
 
-def run_of(tokens, latency, first, rounds=(), draft_s=0.0, verify_s=0.0):
-    return sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, draft_s, verify_s)
+def run_of(tokens, latency, first, rounds=(), prefill_s=0.0, draft_s=0.0, verify_s=0.0):
+    return sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, prefill_s, draft_s, verify_s)
 
 
 def test_the_summary_by_hand():
-    runs = [
-        (run_of(21, 2.5, 0.5), run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.55), None),
-        (run_of(11, 1.5, 0.5), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.6, 1.1), sd.Divergence(1, 1, 2, 0, 1, "tie")),
-    ]
-    summary = sd.summarise(runs, 3)
+    baselines = [run_of(21, 2.5, 0.5), run_of(11, 1.5, 0.5)]
+    runs = [run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.3, 0.55), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.0, 0.6, 1.1)]
+    summary = sd.summarise(baselines, runs, [None, sd.Divergence(1, 1, 2, 0, 1, "tie")], "speculative")
+    counts = summary["speculative"]
     assert summary["baseline"] == {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0}
-    assert summary["speculative"]["latency_s"] == 1.5
+    assert counts["latency_s"] == 1.5
     assert summary["speedup_percent"] == pytest.approx(100 * (4.0 / 3.0 - 1))
     # 15 accepted of 25 tested: α = 0.6. A baseline step takes 3 / 30 s, a draft step 0.9 / 45, a verify pass 1.65 / 15.
-    assert summary["speculative"]["alpha"] == pytest.approx(0.6)
+    assert counts["alpha"] == pytest.approx(0.6)
     assert summary["draft_cost"] == pytest.approx(0.2) and summary["verify_cost"] == pytest.approx(1.1)
     tokens = 1 + 0.6 + 0.6**2 + 0.6**3
     assert summary["predicted_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1.1) - 1))
     assert summary["ideal_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1) - 1))
     assert (summary["identical"], summary["ties"], summary["mismatches"]) == (1, 1, 0)
+    assert counts["drafted_per_round"] == 3 and counts["drafted_histogram"] == {"3": 15}
+    assert counts["other_s"] == pytest.approx(3.0 - 0.3 - 0.9 - 1.65)
     assert sd.promised_percent(1.0, 3, 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
 
 
 def test_figures_that_cannot_be_had_are_none(llama):
-    one = sd.speculative_decode(sd.CachedModel(llama), sd.CachedModel(llama), ids_of(PROMPT), 1, set(), 3)
+    one = sd.speculative_decode(
+        sd.CachedModel(llama), sd.CachedModel(llama), ids_of(PROMPT), 1, set(), sd.FixedLength(3)
+    )
     assert one.rounds == [] and len(one.token_ids) == 1
     figures = sd.acceptance([one])
     assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
-    summary = sd.summarise([(greedy(llama, PROMPT, 1), one, None)], 3)
+    summary = sd.summarise([greedy(llama, PROMPT, 1)], [one], [None], "speculative")
     assert summary["predicted_speedup_percent"] is None
     assert sd.ratio(math.inf, 2) is None
 
 
 def test_methods_take_turns_and_the_median_counts(llama):
     main, draft = sd.CachedModel(llama), sd.CachedModel(llama)
+    latencies = iter([9.0, 9.0, 3.0, 1.0, 2.0, 4.0, 6.0, 5.0, 0.0, 7.0, 8.0, 9.0, 1.0, 2.0])  # of the runs, in order
+
+    def timed(run):
+        run.latency_s = next(latencies)
+        return run
+
+    methods = {
+        "baseline": lambda ids: timed(sd.greedy_decode(main, ids, 3, set())),
+        "other": lambda ids: timed(sd.speculative_decode(main, draft, ids, 3, set(), sd.FixedLength(2))),
+    }
     order = []
-    results = list(
-        sd.measure(
-            main, draft, [ids_of(PROMPT), ids_of([4])], 3, set(), 2, 3, 1, lambda i, what: order.append((i, what))
-        )
-    )
-    assert order[:2] == [(0, "warm-up")] * 2
-    b, s = "baseline", "speculative"
-    assert [what for index, what in order[2:] if index == 0] == [b, s, s, b, b, s]
-    assert [what for index, what in order[2:] if index == 1] == [s, b, b, s, s, b]
-    assert len(results) == 2 and all(divergence is None for _, _, divergence in results)
+    prompts = [ids_of(PROMPT), ids_of([4])]
+    results = list(sd.measure(main, prompts, methods, 3, 1, lambda index, name: order.append((index, name))))
+    assert order[:2] == [(0, "warm-up, baseline"), (0, "warm-up, other")]
+    b, o = "baseline", "other"
+    assert [name for index, name in order[2:] if index == 0] == [b, o, o, b, b, o]
+    assert [name for index, name in order[2:] if index == 1] == [o, b, b, o, o, b]
+    assert [(result[b][0].latency_s, result[o][0].latency_s) for result in results] == [(4.0, 2.0), (7.0, 1.0)]
+    assert all(result[o][1] is None for result in results)

@@ -23,14 +23,14 @@ def loop_with(old, new):
 
 BUGS = {
     "one stale token stays in both caches": (
-        "roll_back(draft_tokens - accepted)",
-        "roll_back(max(0, draft_tokens - accepted - 1))",
+        "roll_back(drafted - accepted)",
+        "roll_back(max(0, drafted - accepted - 1))",
     ),
     "one token too many is rolled back": (
-        "main.roll_back(draft_tokens - accepted)",
-        "main.roll_back(draft_tokens - accepted + 1)",
+        "main.roll_back(drafted - accepted)",
+        "main.roll_back(drafted - accepted + 1)",
     ),
-    "the last guess is accepted unseen": ("for i in range(draft_tokens) if", "for i in range(draft_tokens - 1) if"),
+    "the last guess is accepted unseen": ("for i in range(drafted) if", "for i in range(drafted - 1) if"),
     "the main model's choices are read one place off": ("g[: accepted + 1]", "g[1 : accepted + 2]"),
     "one wrong guess is accepted": ("g[: accepted + 1]", "(d[: accepted + 1] + g[accepted + 1 : accepted + 2])"),
     "the correction is lost": ("g[: accepted + 1]", "g[: max(1, accepted)]"),
@@ -44,7 +44,7 @@ def test_a_broken_loop_is_a_mismatch(bug, family, dtype):
     model = make_model(family, dtype=dtype)
     main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.1))
     baseline = sd.greedy_decode(main, PROMPT, NEW, set())
-    broken = loop_with(*BUGS[bug])(main, draft, PROMPT, NEW, set(), K)
+    broken = loop_with(*BUGS[bug])(main, draft, PROMPT, NEW, set(), sd.FixedLength(K))
     divergence = sd.find_divergence(main, PROMPT, baseline.token_ids, broken.token_ids)
     assert divergence.kind == "mismatch"
     assert divergence.gap > 2 * divergence.noise
@@ -53,7 +53,7 @@ def test_a_broken_loop_is_a_mismatch(bug, family, dtype):
 def test_the_loop_that_is_planted_in_is_right_without_a_bug():
     model = make_model("gemma2")
     main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.1))
-    same = loop_with("accepted", "accepted")(main, draft, PROMPT, NEW, set(), K)
+    same = loop_with("accepted", "accepted")(main, draft, PROMPT, NEW, set(), sd.FixedLength(K))
     baseline = sd.greedy_decode(main, PROMPT, NEW, set())
     assert sd.find_divergence(main, PROMPT, baseline.token_ids, same.token_ids) is None
 
@@ -65,7 +65,7 @@ def test_rounding_in_bfloat16_is_a_tie_and_never_a_mismatch():
         main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.02))
         for prompt in (PROMPT, PROMPT.flip(1), PROMPT + seed):
             baseline = sd.greedy_decode(main, prompt, NEW, set())
-            speculative = sd.speculative_decode(main, draft, prompt, NEW, set(), K)
+            speculative = sd.speculative_decode(main, draft, prompt, NEW, set(), sd.FixedLength(K))
             if divergence := sd.find_divergence(main, prompt, baseline.token_ids, speculative.token_ids):
                 assert 0 <= divergence.gap <= divergence.noise
                 kinds.append(divergence.kind)

@@ -1,6 +1,6 @@
 """Train the bundled pair of models from nothing: two small Gemma 2 models that recite Python's documentation.
 
-    python tests/tiny_gemma2/train.py            about 30 minutes on 2 CPU cores with bfloat16 arithmetic
+    python tests/tiny_gemma2/train.py            about 35 minutes on 2 CPU cores with bfloat16 arithmetic
 
 The corpus is what every Python ships: the docstrings of its standard library and built-ins, and the topics of its
 help(). Each document becomes one chat turn: the user asks "What does heapq.merge do?", the model answers with the
@@ -65,7 +65,7 @@ DRAFT = {
     "head_dim": 32,
     "intermediate_size": 384,
 }
-MAIN_STEPS, DRAFT_STEPS = 2000, 500
+MAIN_STEPS, DRAFT_STEPS = 2000, 1250
 
 
 def documents() -> list[tuple[str, str]]:

@@ -1,0 +1,152 @@
+"""How many tokens to draft: the automatic choice is exact, follows its rule, and leaves a useless draft alone."""
+
+import json
+
+import pytest
+import torch
+from conftest import always_wrong, like, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import speculative_decoding as sd
+
+PROMPT = torch.tensor([[5, 9, 13, 2, 40]])
+CHEAP = sd.Costs(0.1, {1: 1.0, 2: 1.05, 17: 1.5})  # a draft that costs a tenth of the main model
+DEAR = sd.Costs(1.2, {1: 1.0, 2: 1.05, 17: 1.5})  # one that can never pay
+
+
+def decode(main, draft, chooser, new=64, end=frozenset()):
+    return sd.speculative_decode(sd.CachedModel(main), sd.CachedModel(draft), PROMPT, new, end, chooser)
+
+
+def confidences(*values):
+    return [torch.tensor([value]) for value in values]
+
+
+class Scripted(sd.FixedLength):
+    """Drafts as many tokens in each round as a list says, none included."""
+
+    def __init__(self, lengths):
+        super().__init__(max(lengths))
+        self.lengths = lengths
+        self.round = 0
+
+    def wants_another(self, confidences):
+        return len(confidences) < self.lengths[self.round % len(self.lengths)]
+
+    def learn(self, drafted, accepted):
+        assert drafted == self.lengths[self.round % len(self.lengths)]
+        self.round += 1
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    family=st.sampled_from(["llama", "gemma2", "mistral"]),
+    noise=st.sampled_from([0.0, 0.03, 0.2]),
+)
+def test_any_sequence_of_lengths_is_exact_none_included(lengths, family, noise):
+    main = make_model(family)
+    expected = sd.greedy_decode(sd.CachedModel(main), PROMPT, 24, set()).token_ids
+    result = decode(main, like(main, noise), Scripted(lengths), 24)
+    assert result.token_ids == expected
+    assert [drafted for drafted, _ in result.rounds] == [lengths[i % len(lengths)] for i in range(len(result.rounds))]
+    if noise == 0:  # a perfect draft stays perfect behind a round without it
+        assert all(drafted == accepted for drafted, accepted in result.rounds)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.2])
+def test_auto_is_exact(noise):
+    main = make_model("gemma2")
+    expected = sd.greedy_decode(sd.CachedModel(main), PROMPT, 64, set()).token_ids
+    assert decode(main, like(main, noise), sd.AutoLength(16, CHEAP)).token_ids == expected
+
+
+def test_auto_drafts_long_with_a_perfect_draft():
+    main = make_model("gemma2")
+    with torch.no_grad():
+        main.get_output_embeddings().weight.mul_(20)  # a model that is sure of itself
+    result = decode(main, main, sd.AutoLength(16, CHEAP), 128)
+    assert all(drafted == accepted for drafted, accepted in result.rounds)
+    assert max(drafted for drafted, _ in result.rounds) == 16
+
+
+def test_auto_leaves_a_useless_draft_alone_and_probes_it_now_and_then():
+    main = make_model("llama")
+    result = decode(main, always_wrong(main), sd.AutoLength(16, CHEAP), 200)
+    drafted = [count for count, _ in result.rounds]
+    assert result.token_ids == sd.greedy_decode(sd.CachedModel(main), PROMPT, 200, set()).token_ids
+    first = drafted.index(0)
+    probes = [i for i, count in enumerate(drafted) if count and i > first]
+    assert first < 12 and probes  # it gives up soon, and tries again
+    rests = [later - earlier - 1 for earlier, later in zip([first - 1, *probes], probes, strict=False)]
+    assert rests[:5] == [4, 8, 16, 32, 64][: len(rests)] and len(rests) >= 4
+    assert all(drafted[i] == 1 for i in probes)
+
+
+def test_auto_never_asks_a_draft_that_cannot_pay():
+    main = make_model("llama")
+    result = decode(main, main, sd.AutoLength(16, DEAR), 40)
+    assert sum(drafted for drafted, _ in result.rounds) <= 3  # the probes
+
+
+def test_auto_takes_up_a_draft_that_has_become_good():
+    chooser = sd.AutoLength(16, CHEAP)
+    while not chooser.rest:
+        chooser.learn(1, 0)
+    for _ in range(40):
+        drafts = chooser.wants_another([])
+        chooser.learn(1 if drafts else 0, 1 if drafts else 0)
+    assert chooser.rest == 0 and chooser.alpha > 0.8 and chooser.next_rest == 4
+
+
+def test_the_rule_by_hand():
+    chooser = sd.AutoLength(16, sd.Costs(0.2, {1: 1.0, 17: 1.8}))  # each further token of a pass: 0.05
+    assert chooser.alpha == 0.75
+    # The best fixed K at α = 0.75: (0.2 K + 1 + 0.05 K) / ((1 - 0.75^(K+1)) / 0.25) is least for K = 3.
+    expected = min((0.25 * k + 1) * 0.25 / (1 - 0.75 ** (k + 1)) for k in range(17))
+    assert chooser.worth_s == pytest.approx(expected)
+    limit = 0.25 / (0.75 * expected)  # of the probability that all so far is right
+    assert chooser.wants_another([])
+    assert chooser.wants_another(confidences(limit + 0.01))
+    assert chooser.wants_another([]) and not chooser.wants_another(confidences(limit - 0.01))
+    assert chooser.wants_another([]) and chooser.wants_another(confidences(0.9))
+    assert not chooser.wants_another(confidences(0.9, (limit - 0.01) / 0.9))
+    chooser.learn(4, 2)  # three tested, two right
+    assert chooser.alpha == pytest.approx((0.8 * 0.8 * 3 + 2) / (0.8 * 0.8 * 4 + 3))
+
+
+def test_costs_between_the_measured_ones_are_interpolated():
+    costs = sd.Costs(0.1, {1: 1.0, 2: 1.2, 4: 2.0})
+    assert [costs.main_pass(n) for n in (1, 2, 3, 4)] == pytest.approx([1.0, 1.2, 1.6, 2.0])
+
+
+def test_costs_are_measured_and_leave_no_trace():
+    main, draft = sd.CachedModel(make_model("gemma2")), sd.CachedModel(make_model("gemma2"))
+    costs = sd.measure_costs(main, draft, PROMPT, 16)
+    assert set(costs.main_pass_s) == {1, 2, 3, 5, 9, 17} and costs.draft_step_s > 0
+    assert set(sd.measure_costs(main, draft, PROMPT, 4).main_pass_s) == {1, 2, 3, 5}
+
+
+def test_several_lengths_share_one_baseline(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("What does list.sort do?\nWhat does re.split do?\n")
+    arguments = ["--demo", "--prompts", prompts, "--draft-tokens", "1,4,auto", "--max-new-tokens", "24", "--json", out]
+    assert sd.main([str(argument) for argument in arguments]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert [run["draft_tokens"] for run in report["runs"]] == [1, 4, "auto"]
+    baselines = [[prompt["baseline"] for prompt in run["prompts"]] for run in report["runs"]]
+    assert baselines[0] == baselines[1] == baselines[2] and len(baselines[0]) == 2
+    for run in report["runs"]:
+        counts = run["summary"]["speculative"]
+        histogram = counts["drafted_histogram"]
+        assert sum(histogram.values()) == counts["rounds"]
+        assert sum(int(length) * times for length, times in histogram.items()) == counts["drafted"]
+        assert run["summary"]["identical"] == 2
+    assert set(report["runs"][0]["summary"]["speculative"]["drafted_histogram"]) == {"1"}
+    costs = report["runs"][2]["costs"]
+    assert costs["draft_step_s"] > 0 and set(costs["main_pass_s"]) == {"1", "2", "3", "5", "9", "17"}
+    assert "By draft length" in printed and "The best draft length was" in printed
+    assert "All 6 outputs are the main model's own" in printed
