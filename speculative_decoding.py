@@ -93,6 +93,9 @@ class CachedModel:
         self.vocabulary = vocabulary
         self.compiled = {}  # (step, number of tokens): the compiled function
         self.lengths = None  # of the layers' fixed storage: [] on the device, each
+        config = model.config.get_text_config()
+        builds_masks = config._attn_implementation == "eager" and hasattr(config, "layer_types")  # Gemma 2 does
+        self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device) if builds_masks else None
         self.new_text()
 
     def new_text(self, rolls_back: bool = True) -> None:
@@ -109,7 +112,12 @@ class CachedModel:
 
         ids: [1, n], n ≥ 1. Returns [n, vocabulary], or [last, vocabulary] where only the last places matter.
         """
-        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=last)
+        # A single token sees all that a growing cache returns: models that would build masks to say so are given one.
+        mask = self.all_seen if self.lengths is None and ids.shape[1] == 1 else None
+        with torch.inference_mode(self.lengths is None):  # faster than no_grad; compiled steps do without
+            output = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=last
+            )
         return output.logits[0, :, : self.vocabulary]
 
     def next_token(self, ids: Tensor) -> Tensor:
@@ -147,9 +155,9 @@ class CachedModel:
         return logits.argmax(dim=-1)[None], log_likelihood
 
     def roll_back(self, tokens: int) -> None:
-        """Forget the latest tokens that were read. Also lets sliding windows drop what they no longer need."""
-        if self.lengths is None:
-            self.cache.crop(-tokens)
+        """Forget the latest tokens that were read."""
+        if tokens and self.lengths is None:
+            self.cache.crop(-tokens)  # and sliding windows drop what they no longer need
         elif tokens:  # what lies behind the length is masked, and written over by the next tokens
             torch._foreach_add_(self.lengths, -tokens)
 
@@ -362,10 +370,10 @@ def speculative_decode(
 
 @dataclasses.dataclass
 class Costs:
-    """What passes cost on this machine, in seconds."""
+    """What passes cost on this machine, in seconds, by the number of tokens."""
 
-    draft_step_s: float
-    main_pass_s: dict[int, float]  # by the number of tokens; what lies between is interpolated
+    draft_pass_s: dict[int, float]  # 2: the first of a round; 1: each further one
+    main_pass_s: dict[int, float]  # what lies between is interpolated
 
     def main_pass(self, tokens: int) -> float:
         """A pass of the main model over so many tokens."""
@@ -374,63 +382,83 @@ class Costs:
         share = (tokens - below) / max(above - below, 1)
         return self.main_pass_s[below] * (1 - share) + self.main_pass_s[above] * share
 
+    def round(self, drafted: int) -> float:
+        """A whole round."""
+        drafting = self.draft_pass_s[2] + (drafted - 1) * self.draft_pass_s[1] if drafted else 0.0
+        return drafting + self.main_pass(drafted + 1)
+
 
 @torch.no_grad()
 def measure_costs(main: CachedModel, draft: CachedModel, prompt_ids: Tensor, longest: int) -> Costs:
-    """Time the passes that speculative decoding consists of, at the end of a prompt, [1, n]: medians of 7."""
+    """Time the passes that rounds consist of, at the end of a prompt, [1, n]: medians, after a warm-up.
 
-    def seconds(model: CachedModel, step: Callable, tokens: int) -> float:
+    The models alternate as they do in decoding: the main model drives the draft's weights out of a processor's caches.
+    """
+    ids = prompt_ids[:, -1:].repeat(1, longest + 1)
+    widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
+    costs = Costs({1: [], 2: []}, {width: [] for width in widths})
+    for model in (main, draft):
         model.new_text()
         model.read(prompt_ids, last=1)
-        ids, times = prompt_ids[:, -1:].expand(1, tokens).contiguous(), []
-        for _ in range(8):
-            start = now(model.device)
-            step(ids)
-            model.roll_back(tokens)
-            times.append(now(model.device) - start)
-        return statistics.median(times[1:])
 
-    widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
-    return Costs(seconds(draft, draft.guess, 1), {width: seconds(main, main.verify, width) for width in widths})
+    def add(times: list[float], model: CachedModel, step: Callable, tokens: int) -> None:
+        start = now(model.device)
+        step(ids[:, :tokens].contiguous())
+        model.roll_back(tokens)
+        times.append(now(model.device) - start)
+
+    for _ in range(12):
+        for width in widths:
+            add(costs.main_pass_s[width], main, main.verify, width)
+            add(costs.draft_pass_s[2], draft, draft.guess, 2)
+            add(costs.draft_pass_s[1], draft, draft.guess, 1)
+    for times in (costs.draft_pass_s, costs.main_pass_s):
+        times |= {tokens: statistics.median(some[len(some) // 4 :]) for tokens, some in times.items()}
+    return costs
 
 
 class AutoLength(FixedLength):
-    """Draft while a further token is worth more than it costs; rest where not even one is.
+    """Draft while further tokens are worth more than they cost; rest where not even the first is.
 
-    With α the recent share of right guesses and K drafted tokens, a round yields 1 + α + … + α^K tokens (Leviathan et
-    al. 2023, equation 1). The best K by the measured costs gives the time per token that can be had, and that is what a
-    token is worth. One more guess yields a token if all guesses so far are right, by the draft's own probabilities, and
-    it is too, by α. It costs a draft step, and what it adds to the verify pass.
+    With α the recent share of right guesses, a round that drafts K tokens yields 1 + α + … + α^K (Leviathan et al.
+    2023, equation 1). The best K by the measured costs gives the time per token that can be had, and that is what a
+    token is worth. A further guess counts if all guesses of the round so far are right, and it too (α). How likely a
+    guess is right is told by the draft's own probability for it, put right by what became of guesses of about that
+    probability before: drafts are more sure of themselves than they should be, or less.
     """
 
     def __init__(self, longest: int, costs: Costs):
         super().__init__(longest)
         self.costs = costs
-        self.accepted, self.tested = 3.0, 4.0  # recent ones count most; a guess to begin with
-        self.rest, self.next_rest = 0, 4  # rounds to go without a draft; rounds of the next rest
+        self.right, self.tested = 6.0, 8.0  # guesses of recent rounds; an assumption to begin with, as in the next line
+        self.seen = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # right, tested: by tenths of the probability
+        self.rest, self.next_rest = 0, 4  # rounds still to go without a draft; rounds of the next rest
         self.learn(0, 0)
 
     def wants_another(self, confidences: list[Tensor]) -> bool:
-        """As above; reads the latest probability from the device, so the host waits for the draft here."""
+        """As above; reads the latest probability from the device, so here the host waits for the draft."""
         if not confidences:
-            self.all_right = 1.0
+            self.tenths = []
             return self.rest == 0
-        self.all_right *= confidences[-1].item()
-        drafted, cost = len(confidences), self.costs
-        price = cost.draft_step_s + cost.main_pass(drafted + 2) - cost.main_pass(drafted + 1)
-        return drafted < self.longest and self.all_right * self.alpha * self.worth_s > price
+        self.tenths.append(self.seen[min(9, int(10 * confidences[-1].item()))])
+        all_right = math.prod(right / tested for right, tested in self.tenths)
+        drafted, paid = len(confidences), self.costs.round(len(confidences))
+        yields = itertools.accumulate(all_right * self.alpha**k for k in range(1, self.longest - drafted + 1))
+        return any(tokens * self.worth_s > self.costs.round(drafted + k) - paid for k, tokens in enumerate(yields, 1))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Update α, and with it the worth of a token; a draft that does not pay rests, twice as long each time."""
+        """Learn from a round; a draft that does not pay rests, twice as long each time."""
         if self.rest:
             self.rest -= 1
             return
-        self.accepted = 0.8 * self.accepted + accepted
-        self.tested = 0.8 * self.tested + min(accepted + 1, drafted)
-        self.alpha = self.accepted / self.tested
-        yields = list(itertools.accumulate(self.alpha**k for k in range(self.longest + 1)))
-        prices = [k * self.costs.draft_step_s + self.costs.main_pass(k + 1) for k in range(self.longest + 1)]
-        self.worth_s, best = min((price / tokens, k) for k, (price, tokens) in enumerate(zip(prices, yields)))
+        if drafted:
+            tested = min(accepted + 1, drafted)
+            self.right, self.tested = 0.9 * self.right + accepted, 0.9 * self.tested + tested
+            for index, tenth in enumerate(self.tenths[:tested]):
+                tenth[:] = 0.98 * tenth[0] + (index < accepted), 0.98 * tenth[1] + 1
+        self.alpha = self.right / self.tested
+        yields = itertools.accumulate(self.alpha**k for k in range(self.longest + 1))
+        self.worth_s, best = min((self.costs.round(k) / tokens, k) for k, tokens in enumerate(yields))
         if best == 0:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
         else:
@@ -937,27 +965,25 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTraine
     return model
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
-    """Load a model's tokenizer. Raises CannotRun."""
-    try:
-        return AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False)
-    except CannotRun:
-        raise
-    except Exception as error:  # as above
-        raise CannotRun(f"cannot load the tokenizer of {name}: {first_line(error)}; fetch it anew") from error
-
-
-def check_tokenizers(main, draft) -> None:
-    """The draft's tokens must be the main model's: the same number for the same piece of text. Raises CannotRun."""
-    main_tokens, draft_tokens = main.get_vocab(), draft.get_vocab()
-    differing = main_tokens.items() ^ draft_tokens.items()
-    if differing:
-        example = plain(min(differing)[0])
-        numbers = f"{main_tokens.get(example, 'none')} in one, {draft_tokens.get(example, 'none')} in the other"
+def load_tokenizer(main_name: str, draft_name: str) -> transformers.PreTrainedTokenizerBase:
+    """The main model's tokenizer. The draft's must have the same number for the same token. Raises CannotRun."""
+    tokenizers = []
+    for name in (main_name, draft_name):
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False))
+        except CannotRun:
+            raise
+        except Exception as error:  # as above
+            raise CannotRun(f"cannot load the tokenizer of {name}: {first_line(error)}; fetch it anew") from error
+    main_tokens, draft_tokens = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    if differing := main_tokens.items() ^ draft_tokens.items():
+        token = min(differing)[0]
+        numbers = [tokens.get(token, "nothing") for tokens in (main_tokens, draft_tokens)]
         raise CannotRun(
-            f"the two models have different tokenizers ({len(main_tokens):,} and {len(draft_tokens):,} tokens; "
-            f"{example!r} is {numbers}): take a draft of the main model's family"
+            f"{main_name} and {draft_name} have different tokenizers ({len(main_tokens):,} and {len(draft_tokens):,} "
+            f"tokens; {token!r} is {numbers[0]} and {numbers[1]}): take a draft of the main model's family"
         )
+    return tokenizers[0]
 
 
 def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
@@ -1088,8 +1114,7 @@ def load_pair(options: argparse.Namespace, device: torch.device, console: Consol
     for name in (options.main, options.draft):
         console.print(f"Loading {plain(name)} …", style="dim")
         models.append(load_model(name, device, getattr(torch, options.dtype)))
-    tokenizer = load_tokenizer(options.main)
-    check_tokenizers(tokenizer, load_tokenizer(options.draft))
+    tokenizer = load_tokenizer(options.main, options.draft)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     return *[CachedModel(model, vocabulary) for model in models], tokenizer
 
@@ -1216,10 +1241,10 @@ def run(options: argparse.Namespace) -> int:
                 run, divergence = results[name]
                 part["prompts"].append(report_prompt(prompt, tokens, baselines[-1], run, divergence, tokenizer, key))
                 part["summary"] = summarise(baselines, *zip(*[results[name] for results in done]), key)
-            latest = {name: part["prompts"][-1] for name, part in parts.items()}
-            print_reports(console, str(len(done)), prompt, latest)
             if options.json:
                 write_json(options.json, report)
+            latest = {name: part["prompts"][-1] for name, part in parts.items()}
+            print_reports(console, str(len(done)), prompt, latest)
     except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
         failure = error  # and on: what was measured so far is reported all the same
     finally:

@@ -128,13 +128,13 @@ def test_the_summary_follows_from_the_prompts(demo):
 
 def test_the_options_do_what_they_say(tmp_path, one_prompt, capsys):
     out = tmp_path / "out.json"
-    options = ["--max-new-tokens", 150, "--draft-tokens", 5, "--ignore-eos", "--no-chat-template", "--repeats", 2]
+    options = ["--max-new-tokens", 130, "--draft-tokens", 5, "--ignore-eos", "--no-chat-template", "--repeats", 2]
     assert run(*PAIR, "--prompts", one_prompt, *options, "--warmup", 0, "--json", out, "--dtype", "float32") == 0
     assert "bundled pair" not in capsys.readouterr().out  # models named on the command line are the models that run
     report = json.loads(out.read_text())
     assert report["settings"]["main"] == str(MAIN) and report["settings"]["demo"] is False
     (prompt,) = report["runs"][0]["prompts"]
-    assert prompt["speculative"]["new_tokens"] == 150
+    assert prompt["speculative"]["new_tokens"] == 130
     ids = transformers.AutoTokenizer.from_pretrained(MAIN)("What does heapq.merge do?")["input_ids"]
     assert prompt["prompt_tokens"] == len(ids) and report["runs"][0]["draft_tokens"] == 5
 
@@ -149,7 +149,8 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
     stale = loop_with("roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))")
     monkeypatch.setattr(sd, "speculative_decode", stale)
     out = tmp_path / "out.json"
-    assert run("--demo", "--json", out) == 1
+    options = ["--draft-tokens", 3, "--max-new-tokens", 40, "--warmup", 0]
+    assert run("--demo", *options, "--json", out) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "NOT the main model's own" in printed and "5 outputs are" in printed and "All 5" not in printed
     assert json.loads(out.read_text())["runs"][0]["summary"]["mismatches"] > 0
@@ -204,11 +205,12 @@ def to_pickle(folder):
     torch.save(make_model("gemma2").state_dict(), folder / "pytorch_model.bin")
 
 
-def rename_a_token(folder):
-    text = (folder / "tokenizer.json").read_text()
-    vocabulary = json.loads(text)["model"]["vocab"]
-    token = next(token for token in vocabulary if token.isalpha() and len(token) > 5)
-    (folder / "tokenizer.json").write_text(text.replace(f'"{token}"', f'"{token}X"'))
+def swap_two_tokens(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(token for token in vocabulary if token.isalpha() and len(token) > 5)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def demand_remote_code(folder):
@@ -224,7 +226,7 @@ BROKEN_DRAFTS = {
     "pickled weights": (to_pickle, "safetensors"),
     "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "cannot load"),
-    "another tokenizer": (rename_a_token, "different tokenizers"),
+    "another tokenizer": (swap_two_tokens, "different tokenizers"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     "remote code": (demand_remote_code, "cannot load"),
 }
@@ -244,7 +246,7 @@ def test_broken_models_are_refused(case, tmp_path, capsys, one_prompt):
     change, expected = BROKEN_DRAFTS[case]
     folder = copied(tmp_path / "draft", change)
     message = refused(capsys, "--main", MAIN, "--draft", folder, "--prompts", one_prompt)
-    assert expected in message and str(folder) in message or expected == "different tokenizers" in message
+    assert expected in message and str(folder) in message
 
 
 def test_models_that_cannot_roll_back_are_refused(tmp_path, capsys, one_prompt):
@@ -323,21 +325,18 @@ HOSTILE = [
     "\u202eright to left override\u202c and \u200bzero\u200dwidth",
     "שלום עולם مرحبا بالعالم",
     "\x9b31mC1 control\x00null\x08backspace",
-    "日本語のとても長い文章" * 50,
+    "日本語のとても長い文章" * 20,
     "x" * 3000,
 ]
 
 
 def test_hostile_prompts_do_not_reach_the_terminal(tmp_path, capsys):
-    path = tmp_path / "p.txt"
+    path, out = tmp_path / "p.txt", tmp_path / "out.json"
     path.write_text("\n".join(HOSTILE) + "\n", encoding="utf-8")
-    out = tmp_path / "out.json"
-    assert (
-        run("--demo", "--prompts", path, "--max-new-tokens", 2, "--warmup", 0, "--no-chat-template", "--json", out) == 2
-    )
+    options = ["--max-new-tokens", 2, "--warmup", 0, "--no-chat-template", "--json", out]
+    assert "prompt 7" in refused(capsys, "--demo", "--prompts", path, *options)  # too long
     path.write_text("\n".join(HOSTILE[:-1]) + "\n", encoding="utf-8")
-    capsys.readouterr()
-    status = run("--demo", "--prompts", path, "--max-new-tokens", 2, "--warmup", 0, "--no-chat-template", "--json", out)
+    status = run("--demo", "--prompts", path, *options)
     printed = capsys.readouterr().out
     assert status == 0
     assert not set(printed) - {"\n"} & set(map(chr, [*range(32), *range(127, 160), 0x202E, 0x202C, 0x200B, 0x200D]))
@@ -383,17 +382,8 @@ def test_the_table_fits_the_terminal(width):
 
 def test_control_c_reports_what_is_done(tmp_path):
     out = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        ROOT / "speculative_decoding.py",
-        "--demo",
-        "--warmup",
-        "0",
-        "--repeats",
-        "100",
-        "--json",
-        out,
-    ]
+    options = ["--demo", "--warmup", "0", "--repeats", "3", "--json", out]
+    command = [sys.executable, ROOT / "speculative_decoding.py", *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

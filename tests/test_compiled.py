@@ -18,7 +18,7 @@ def test_compiled_is_exact_and_never_compiles_again():
     main.compile(max(map(len, PROMPTS)) + NEW + 5, {"next_token": {1}, "verify": {1, 5}})
     draft.compile(max(map(len, PROMPTS)) + NEW + 5, {"guess": {1, 2}})
     storage = [layer.keys.data_ptr() for layer in main.cache.layers]
-    chooser = sd.AutoLength(4, sd.Costs(0.1, {1: 1.0, 5: 1.2}))
+    chooser = sd.AutoLength(4, sd.Costs({1: 0.1, 2: 0.1}, {1: 1.0, 5: 1.2}))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in PROMPTS:
             ids = torch.tensor([prompt])

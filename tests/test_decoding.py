@@ -39,9 +39,7 @@ def check(main, draft, prompt, new, end, k):
     result = sd.speculative_decode(watched, draft, ids_of(prompt), new, end, sd.FixedLength(k))
     assert result.token_ids == greedy(main, prompt, new, end).token_ids
     text = len(prompt) + 1
-    for (drafted, accepted), main_length, draft_length in zip(
-        result.rounds, watched.noted, draft.noted, strict=True
-    ):
+    for (drafted, accepted), main_length, draft_length in zip(result.rounds, watched.noted, draft.noted, strict=True):
         assert drafted == k and 0 <= accepted <= k
         text += accepted + 1
         assert (main_length, draft_length) == (text - 1, text - 2)
