@@ -185,6 +185,7 @@ class CachedModel:
         if not kinds.issuperset(map(type, layers)):
             raise NotImplementedError(f"{self.model.config.model_type} needs a cache of its own kind")
         self.cache = Cache(layers=[layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers])
+        self.lengths = []
         # Read something before compiling: graphs need the storage at an address that never changes.
         self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
@@ -818,8 +819,8 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
         )
         parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
         spent = sum(counts[f"{part}_s"] for part in parts)
-        shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % went into {words}" for part, words in parts.items()]
-        lines.append(f"Of its time, {', '.join(shares)}.")
+        shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % {words}" for part, words in parts.items()]
+        lines.append(f"Its time: {', '.join(shares)}.")
         if times < 1:
             advice = "" if length == "auto" else "--draft-tokens auto, "
             lines.append(f"The draft does not pay here. Try {advice}a smaller draft, or one that is right more often.")
