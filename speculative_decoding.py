@@ -17,41 +17,53 @@ itself. The guesses are kept up to the first wrong one, and in its place stands 
     so the text goes on          Paris .
 
 One pass of the main model gave two tokens, and both are exactly those that it would have written alone. That holds
-for any draft; a bad one only costs time. How much a good one gains is what this program measures.
+for any draft; a bad one only costs time. How much a good one gains is what this program measures. Where tokens are not
+chosen but drawn (--temperature), guesses are kept and thrown away by chance, in such a way that the text is drawn from
+exactly the main model's own distribution.
 
 The file is meant to be read from top to bottom. Each part uses only what stands above it:
 
     1  a model with a cache that can be rolled back
-    2  greedy decoding (the baseline)
-    3  speculative decoding: draft, verify, accept, roll back
-    4  is the output the main model's own?
-    5  measuring: one prompt, all prompts, a summary
-    6  reporting: the table, the result in words, JSON
-    7  loading: prompts, models, devices
-    8  the command line
+    2  choosing tokens: the likeliest, or drawn; and which guesses stand
+    3  decoding with the main model alone (the baseline)
+    4  speculative decoding: draft, verify, accept, roll back; two kinds of draft; how many tokens to draft
+    5  is the output the main model's own?
+    6  measuring: one prompt, all prompts, a summary
+    7  reporting: tables, the result in words, texts, JSON
+    8  loading: prompts, devices, models
+    9  the command line
 
-What is deliberately not here: sampling (both methods are greedy), batches of more than one text, trees of guesses.
+What is deliberately not here: batches of more than one text, and trees of guesses.
 """
 
 import argparse
+import collections
 import dataclasses
+import errno
+import functools
 import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
+import accelerate
 import huggingface_hub
+import numpy
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
+from rich.bar import Bar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -67,12 +79,35 @@ from transformers.cache_utils import (
 
 HERE = pathlib.Path(__file__).resolve().parent
 BUNDLED = HERE / "tests" / "tiny_gemma2"
-LONGEST_AUTO = 16  # the most tokens that a round drafts where the program itself chooses how many
 DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
+LONGEST_AUTO = 16  # the most tokens that a round drafts where the program itself chooses how many
 
 
 class CannotRun(Exception):
     """The program cannot do what was asked; the message is one line that says what is wrong and how to mend it."""
+
+
+# Text from models, files and other libraries is data: nothing in it controls the terminal or is taken for markup.
+
+
+def safe(text: str) -> str:
+    """Text with its line ends, but � instead of all else that controls or formats.
+
+    Escape sequences, bidirectional overrides, zero-width characters, and what has no agreed look.
+    """
+    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
+    return "".join("�" if unicodedata.category(sign) in unsafe and sign != "\n" else sign for sign in text)
+
+
+def plain(text: str) -> str:
+    """Text as one line that is safe to print: line ends, tabs and the like become spaces."""
+    return safe(" ".join(text.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of bearable length."""
+    text = plain(str(error).strip().partition("\n")[0]) or type(error).__name__
+    return text if len(text) < 300 else text[:299] + "…"
 
 
 # 1  A model with a cache that can be rolled back ----------------------------------------------------------------------
@@ -86,16 +121,19 @@ class CachedModel:
     size, for compiled ones.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None):
-        """`vocabulary`: only the first so many tokens count (the models of one family are padded differently)."""
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
+        """`vocabulary`: only the first so many tokens count (the models of one family are padded differently).
+
+        `device`: where its inputs go, if that is not where all of its weights are.
+        """
         self.model = model.eval()
-        self.device = model.device
+        self.device = device or model.device
         self.vocabulary = vocabulary
-        self.compiled = {}  # (step, number of tokens): the compiled function
+        self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
         self.lengths = None  # of the layers' fixed storage: [] on the device, each
         config = model.config.get_text_config()
         builds_masks = config._attn_implementation == "eager" and hasattr(config, "layer_types")  # Gemma 2 does
-        self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device) if builds_masks else None
+        self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device) if builds_masks else None
         self.new_text()
 
     def new_text(self, rolls_back: bool = True) -> None:
@@ -120,40 +158,6 @@ class CachedModel:
             )
         return output.logits[0, :, : self.vocabulary]
 
-    def next_token(self, ids: Tensor) -> Tensor:
-        """Read tokens, [1, n]; return the likeliest next one, [1, 1]."""
-        return self.step(self._next_token, ids)[0]
-
-    def _next_token(self, ids: Tensor) -> tuple[Tensor]:
-        return (self.read(ids, last=1).argmax(dim=-1, keepdim=True),)
-
-    def guess(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read tokens, [1, n]; return the likeliest next one, [1, 1], and its probability, [1], in float32."""
-        return self.step(self._guess, ids)
-
-    def _guess(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.read(ids, last=1).float()
-        best, token = logits.max(dim=-1, keepdim=True)
-        return token, (best[0] - logits.logsumexp(dim=-1)).exp()
-
-    def verify(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the text's last token and K drafted ones, [1, K+1], in one pass.
-
-        Returns the likeliest next token after each, [1, K+1], and the natural logarithm of the probability of each
-        drafted token, given all before it, [K], in float32.
-        """
-        tokens = ids.shape[1]
-        wider = min((n for step, n in self.compiled if step == "_verify" and n >= tokens > 1), default=tokens)
-        choices, log_likelihood = self.step(self._verify, torch.nn.functional.pad(ids, (0, wider - tokens)))
-        if wider > tokens:  # a pass of a compiled width: ignore the padding, and forget it
-            self.roll_back(wider - tokens)
-        return choices[:, :tokens], log_likelihood[: tokens - 1]
-
-    def _verify(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.read(ids)
-        log_likelihood = -torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
-        return logits.argmax(dim=-1)[None], log_likelihood
-
     def roll_back(self, tokens: int) -> None:
         """Forget the latest tokens that were read."""
         if tokens and self.lengths is None:
@@ -161,24 +165,43 @@ class CachedModel:
         elif tokens:  # what lies behind the length is masked, and written over by the next tokens
             torch._foreach_add_(self.lengths, -tokens)
 
-    def step(self, function: Callable, ids: Tensor) -> tuple[Tensor, ...]:
-        """Run a step; compiled if it is for so many tokens, else eagerly: a prompt can have any length."""
-        if (compiled := self.compiled.get((function.__name__, ids.shape[1]))) is None:
-            return function(ids)
+    def step(self, choose: Callable, ids: Tensor, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Read tokens, [1, n], and make of the logits at the last one what `choose`, of the next part, makes of them.
+
+        Compiled if that is compiled for n tokens, else eagerly: a prompt can have any length.
+        """
+        return self._run(choose, ids, uniform, last=1)
+
+    def verify(self, judge: Callable, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the text's last token and K drafted ones, [1, K+1], in one pass.
+
+        Returns what `judge` makes of the logits after each of them, [K+1, …], and the natural logarithm of the main
+        model's probability of each drafted token, given all before it, [K], in float32: of its plain distribution,
+        whatever the temperature.
+        """
+        tokens = ids.shape[1]
+        width = min((n for name, n in self.compiled if name == judge.__name__ and n >= tokens > 1), default=tokens)
+        verdict, log_likelihood = self._run(judge, torch.nn.functional.pad(ids, (0, width - tokens)), None, last=0)
+        self.roll_back(width - tokens)  # a pass of a compiled width: ignore the padding, and forget it
+        return verdict[:tokens], log_likelihood[: tokens - 1]
+
+    def _run(self, choose: Callable, ids: Tensor, uniform: Tensor | None, last: int) -> tuple[Tensor, ...]:
+        if (compiled := self.compiled.get((choose.__name__, ids.shape[1]))) is None:
+            return choose(self.read(ids, last), ids, uniform)
         # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
         # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
         # they take outputs that are still held for memory in use, and record themselves anew.
         torch.compiler.cudagraph_mark_step_begin()
-        return tuple(output.clone() for output in compiled(ids))
+        return tuple(output.clone() for output in compiled(ids, uniform))
 
     @torch.no_grad()
-    def compile(self, capacity: int, widths: dict[str, set[int]]) -> None:
+    def compile(self, capacity: int, steps: list[tuple[Callable, int, set[int]]], uniform: Tensor | None) -> None:
         """Compile steps for the numbers of tokens that occur again and again; the cache gets a fixed size.
 
-        capacity: the most tokens of a text. widths: for "next_token", "guess" or "verify", the numbers of tokens. Each
-        step is compiled whole, with its argmax and log-likelihood, so that a few numbers are all that leaves it. Layers
-        with sliding windows are stored in full, too: the mask hides what lies outside a window, and whole layers can
-        roll back by moving a length. Raises what the compiler raises.
+        capacity: the most tokens of a text. steps: what is made of the logits, of how many last places (0: all), for
+        which numbers of tokens. Each step is compiled whole, from the token to what is made of the logits, so that
+        only this leaves it. Layers with sliding windows are stored in full, too: the mask hides what lies outside a
+        window, and whole layers can roll back by moving a length. Raises what the compiler raises.
         """
         kinds = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
         layers = DynamicCache(config=self.model.config).layers
@@ -189,16 +212,163 @@ class CachedModel:
         # Read something before compiling: graphs need the storage at an address that never changes.
         self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
-        for name, numbers in widths.items():
-            step = torch.compile(getattr(self, f"_{name}"), mode="reduce-overhead", dynamic=False)
+        for choose, last, numbers in steps:
+
+            def whole(ids: Tensor, uniform: Tensor | None, choose=choose, last=last) -> tuple[Tensor, ...]:
+                return choose(self.read(ids, last), ids, uniform)
+
             for tokens in sorted(numbers):
-                self.compiled[f"_{name}", tokens] = step
+                self.compiled[choose.__name__, tokens] = torch.compile(
+                    whole, mode="reduce-overhead", dynamic=False, isolate_recompiles=True
+                )
                 for _ in range(3):  # compile; capture a graph; replay it
                     self.new_text()
-                    getattr(self, name)(torch.zeros(1, tokens, dtype=torch.long, device=self.device))
+                    ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
+                    self._run(choose, ids, uniform if last else None, last)
 
 
-# 2  Greedy decoding (the baseline) ------------------------------------------------------------------------------------
+# 2  Choosing tokens ---------------------------------------------------------------------------------------------------
+
+
+class Greedy:
+    """Always choose the likeliest token. A guess stands if it is that token.
+
+    `next_token`, `guess` and `judge` make something of logits, as the steps of a CachedModel ask: they are given the
+    logits, [n, vocabulary], the ids that were read, [1, n], and as many random numbers as they need.
+    """
+
+    def restart(self, number: int) -> None:
+        """Begin a text of this number. Nothing is left to chance here: there is nothing to do."""
+
+    def uniform(self, numbers: int) -> Tensor | None:
+        """So many random numbers between 0 and 1: none are needed here."""
+
+    def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor]:
+        """The next token, [1, 1], from the logits before it, [1, vocabulary]."""
+        return (logits.argmax(dim=-1, keepdim=True),)
+
+    def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor, ...]:
+        """A draft's guess, [1, 1], and the draft's probability for it, [1], in float32."""
+        logits = logits.float()
+        best, token = logits.max(dim=-1, keepdim=True)
+        return token, (best[0] - logits.logsumexp(dim=-1)).exp()
+
+    def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
+        """What decides about guesses, here the main model's own choice at each place, [K+1]; their log-likelihood, [K].
+
+        logits: [K+1, vocabulary], after the text's last token and each guess, ids [1, K+1].
+        """
+        return logits.argmax(dim=-1), log_likelihood(logits, ids)
+
+    def accept(self, choices: Tensor, guesses: Tensor, q: None) -> list[int]:
+        """The guesses before the first wrong one, and the main model's own token in its place, or behind them all.
+
+        choices: [K+1], of `judge`; guesses: [K].
+        """
+        read = torch.cat([guesses, choices]).tolist()
+        d, g = read[: len(guesses)], read[len(guesses) :]
+        n = next((i for i in range(len(d)) if d[i] != g[i]), len(d))
+        return g[: n + 1]  # g1 … gn are d1 … dn
+
+
+class Sampling(Greedy):
+    """Draw tokens, from the model's distribution with a temperature, cut to the likeliest tokens."""
+
+    def __init__(self, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0, device="cpu"):
+        """`top_k` 0 and `top_p` 1 cut nothing off. Texts of one seed and number are the same on one machine."""
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.generator = torch.Generator(device)
+
+    def restart(self, number: int) -> None:
+        """Begin a text: its random numbers depend on the seed and its number alone."""
+        self.generator.manual_seed(self.seed * 2**20 + number)
+
+    def uniform(self, numbers: int) -> Tensor:
+        """So many random numbers in [0, 1), [numbers], in float32."""
+        return torch.rand(numbers, generator=self.generator, device=self.generator.device)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, [n, vocabulary], in float32: temperature, then top-k, then top-p.
+
+        Top-p keeps the likeliest tokens, as few as together have a probability of at least p. Both models' go through
+        here: a guess is drawn from one such distribution, and judged by the other.
+        """
+        scaled = logits.float() / self.temperature
+        if self.top_k:
+            least = scaled.topk(min(self.top_k, scaled.shape[-1])).values[:, -1:]
+            scaled = scaled.masked_fill(scaled < least, -math.inf)
+        probabilities = scaled.softmax(dim=-1)
+        if self.top_p < 1:
+            falling, order = probabilities.sort(dim=-1, descending=True)
+            falling = falling.masked_fill(falling.cumsum(dim=-1) - falling >= self.top_p, 0.0)
+            probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        return probabilities
+
+    def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor]:
+        """The next token, [1, 1], drawn with one random number, [1]."""
+        return (draw(self.distribution(logits), uniform),)
+
+    def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        """A draft's guess, [1, 1], its probability, [1], and the distribution it is drawn from, [1, vocabulary]."""
+        q = self.distribution(logits)
+        token = draw(q, uniform)
+        return token, q.gather(1, token)[0], q
+
+    def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
+        """The main model's distribution at each place, [K+1, vocabulary], and the guesses' log-likelihood, [K]."""
+        return self.distribution(logits), log_likelihood(logits, ids)
+
+    def accept(self, p: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
+        """The guesses that stand, and one token more, drawn so that the text has the main model's own distribution.
+
+        p: [K+1, vocabulary], of `judge`; guesses: [K]; q: what they were drawn from, [K, vocabulary], or None where
+        the draft drew nothing, but was certain.
+        """
+        if q is None:
+            q = torch.nn.functional.one_hot(guesses, p.shape[1]).to(p.dtype)
+        uniforms = self.uniform(len(guesses) + 1)  # one for each decision: none is ever used twice
+        accepted, following = accept(p, q, guesses, uniforms[:-1])
+        n, token, *d = torch.cat([accepted, draw(following, uniforms[-1:])[0], guesses]).tolist()
+        return [*d[:n], token]
+
+
+def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of each token but the first, ids [1, K+1], by the logits before it, [K+1, vocabulary]: [K], in float32."""
+    return -torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token, [1, 1], from probabilities, [1, vocabulary], with one random number in [0, 1), [1].
+
+    The first token up to which the probabilities sum to more than the number's share of them all; so never one of
+    probability 0. The sums of a large vocabulary want float64, where the device has it.
+    """
+    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    up_to = probabilities.cumsum(dim=-1, dtype=exact)
+    return (up_to <= uniform * up_to[:, -1:]).sum(dim=-1, keepdim=True)
+
+
+def accept(p: Tensor, q: Tensor, guesses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """How many guesses stand, [1], and the distribution from which the next token is to be drawn, [1, vocabulary].
+
+    Leviathan et al. 2023, algorithm 1 and appendix A.1. p: the main model's distributions at each place and behind the
+    last, [K+1, vocabulary]; q: those that the guesses, [K], were drawn from, [K, vocabulary]; uniforms: random numbers
+    in [0, 1), [K]. A guess x stands with probability min(1, p(x) / q(x)): where the draft draws it more often than the
+    main model would, the surplus is thrown away. At the first that does not stand, the next token is drawn from what
+    the main model has more of, max(0, p - q), so that the two ways to a token sum to p. Behind the last guess there is
+    no q to subtract, and the next token is drawn from p itself.
+    """
+    p_guessed, q_guessed = (of.gather(1, guesses[:, None])[:, 0] for of in (p[:-1], q))
+    stands = uniforms * q_guessed < p_guessed  # without dividing: q may be 0
+    accepted = stands.long().cumprod(dim=0).sum(dim=0, keepdim=True)
+    p_there = p.index_select(0, accepted)
+    surplus = (p_there - torch.nn.functional.pad(q, (0, 0, 0, 1)).index_select(0, accepted)).clamp(min=0)
+    total = surplus.sum()
+    return accepted, torch.where(total > 0, surplus / total, p_there)  # p = q, but for rounding: nothing is left
+
+
+# 3  Decoding with the main model alone (the baseline) -----------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -223,6 +393,136 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def cut(tokens: list[int], room: int, end_ids: set[int]) -> tuple[list[int], bool]:
+    """The tokens up to the first that ends the text, or as many as there is room for; and whether the text is ended."""
+    for index, token in enumerate(tokens[:room]):
+        if token in end_ids:
+            return tokens[: index + 1], True
+    return tokens[:room], len(tokens) >= room
+
+
+@torch.no_grad()
+def decode_alone(
+    main: CachedModel, rule: Greedy, prompt_ids: Tensor, max_new_tokens: int, end_ids: set[int], number: int = 0
+) -> Decoded:
+    """Decode with the main model alone: one forward pass a token.
+
+    prompt_ids: [1, n], n ≥ 1, on the model's device. end_ids: the tokens that end a text, as its last token. number: the
+    text's, on which the random numbers of a rule that draws depend.
+    """
+    start = now(main.device)
+    main.new_text(rolls_back=False)
+    rule.restart(number)
+    (token,) = rule.next_token(main.read(prompt_ids, last=1), prompt_ids, rule.uniform(1))  # [1, 1]
+    tokens, ended = cut([token.item()], max_new_tokens, end_ids)
+    first_token_s = now(main.device) - start
+    while not ended:
+        (token,) = main.step(rule.next_token, token, rule.uniform(1))
+        emitted, ended = cut([token.item()], max_new_tokens - len(tokens), end_ids)
+        tokens += emitted
+    return Decoded(tokens, now(main.device) - start, first_token_s)
+
+
+# 4  Speculative decoding ----------------------------------------------------------------------------------------------
+#
+# One invariant carries the loop. Between two rounds, always,
+#
+#     the main model has read the whole text but its last token,
+#     the draft has read the whole text but its last two.
+#
+# A round feeds the draft those two tokens and then each of its own guesses but the last: it has now read the text and
+# d1 … d(K-1). It feeds the main model the text's last token and all guesses: it has now read the text and d1 … dK. If n
+# guesses stand, the text grows by d1 … dn and one token of the main model's own. So what each model has read too much
+# is, for both, K-n tokens. They roll back by so many, and the invariant holds again, for n = K as for any other n:
+# nothing is special about a round whose guesses all stand. And every pass has the same shape in every round.
+#
+# Only a round without any guess, which an automatic K allows, leaves the draft further behind: it reads on when it is
+# asked again.
+
+
+class FixedLength:
+    """Draft the same number of tokens in every round."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+
+    def wants_another(self, confidences: list[Tensor | float]) -> bool:
+        """Whether to draft one more, given how probable the draft holds what this round has drafted, [1] each."""
+        return len(confidences) < self.longest
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """What became of the round."""
+
+
+class ModelDraft:
+    """A draft that is a model, smaller than the main one."""
+
+    def __init__(self, model: CachedModel, rule: Greedy):
+        self.model, self.rule = model, rule
+
+    def new_text(self, prompt_ids: Tensor) -> None:
+        """Begin with a prompt, [1, n]: read it without its last token."""
+        self.model.new_text()
+        self.seen = prompt_ids.shape[1] - 1  # tokens of the text that the model has read
+        if self.seen:
+            self.model.read(prompt_ids[:, :-1], last=1)
+
+    def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
+        """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
+        ids = torch.tensor([text[self.seen :]], device=self.model.device)  # [1, 2]: what it has not read
+        tokens, confidences, q = [ids[:, :0]], [], []
+        while length.wants_another(confidences):
+            # With a fixed K the host only queues work here, and waits for nothing.
+            ids, confidence, *distribution = self.model.step(self.rule.guess, ids, self.rule.uniform(1))
+            tokens.append(ids)
+            confidences.append(confidence)
+            q += distribution
+        if confidences:
+            self.seen = len(text) + len(confidences) - 1
+        return torch.cat(tokens, dim=1), torch.cat(q) if q else None
+
+    def roll_back(self, tokens: int) -> None:
+        """Forget the latest guesses."""
+        self.model.roll_back(tokens)
+        self.seen -= tokens
+
+
+class NgramDraft:
+    """A draft without a model: the text goes on as it did when its last three tokens, or two, or one, stood before.
+
+    Known as prompt lookup. It shines where an answer repeats what was asked, and costs next to nothing elsewhere.
+    """
+
+    HOPES = {
+        3: 0.95,
+        2: 0.75,
+        1: 0.45,
+    }  # how sure it is, by the tokens that match: an assumption, which auto puts right
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def new_text(self, prompt_ids: Tensor) -> None:
+        """Begin with a prompt: nothing to read yet."""
+        self.seen, self.follows = 1, {}  # the place behind the latest occurrence of some tokens
+
+    def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, None]:
+        """Guess how the text goes on: up to K tokens, [1, K]; they are not drawn from anything."""
+        for place in range(self.seen, len(text)):
+            self.follows |= {tuple(text[place - n : place]): place for n in self.HOPES if n <= place}
+        self.seen = len(text)
+        matches = (n for n in self.HOPES if tuple(text[-n:]) in self.follows)
+        guesses = []
+        if matched := next(matches, None):
+            start = self.follows[tuple(text[-matched:])]
+            while length.wants_another([self.HOPES[matched]] * len(guesses)) and start + len(guesses) < len(text):
+                guesses.append(text[start + len(guesses)])
+        return torch.tensor([guesses], dtype=torch.long, device=self.device), None
+
+    def roll_back(self, tokens: int) -> None:
+        """Forget the latest guesses: they are not kept."""
+
+
 def mark(device: torch.device) -> float | torch.Event:
     """A point in the device's time, noted without waiting for the device: for times within a timed run."""
     if device.type == "cpu":
@@ -237,125 +537,65 @@ def seconds_between(start: float | torch.Event, end: float | torch.Event) -> flo
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def cut(tokens: list[int], room: int, end_ids: set[int]) -> tuple[list[int], bool]:
-    """The tokens up to the first that ends the text, or as many as there is room for; and whether the text is ended."""
-    for index, token in enumerate(tokens[:room]):
-        if token in end_ids:
-            return tokens[: index + 1], True
-    return tokens[:room], len(tokens) >= room
-
-
 @torch.no_grad()
-def greedy_decode(main: CachedModel, prompt_ids: Tensor, max_new_tokens: int, end_ids: set[int]) -> Decoded:
-    """Decode with the main model alone: one forward pass a token.
-
-    prompt_ids: [1, n], n ≥ 1, on the model's device. end_ids: the tokens that end a text, as its last token.
-    """
-    start = now(main.device)
-    main.new_text(rolls_back=False)
-    token = main.read(prompt_ids, last=1).argmax(dim=-1, keepdim=True)  # [1, 1]
-    tokens, ended = cut([token.item()], max_new_tokens, end_ids)
-    first_token_s = now(main.device) - start
-    while not ended:
-        token = main.next_token(token)
-        emitted, ended = cut([token.item()], max_new_tokens - len(tokens), end_ids)
-        tokens += emitted
-    return Decoded(tokens, now(main.device) - start, first_token_s)
-
-
-# 3  Speculative decoding ----------------------------------------------------------------------------------------------
-#
-# One invariant carries the loop. Between two rounds, always,
-#
-#     the main model has read the whole text but its last token,
-#     the draft has read the whole text but its last two.
-#
-# A round feeds the draft those two tokens and then each of its own guesses but the last: it has now read the text and
-# d1 … d(K-1). It feeds the main model the text's last token and all guesses: it has now read the text and d1 … dK. If n
-# guesses are right, the text grows by d1 … dn and one token of the main model's own. So what each model has read too
-# much is, for both, K-n tokens. They roll back by so many, and the invariant holds again, for n = K as for any other n:
-# nothing is special about a round whose guesses are all right. And every pass has the same shape in every round.
-#
-# Only a round without any guess, which an automatic K allows, leaves the draft further behind: it reads on when it is
-# asked again.
-
-
-class FixedLength:
-    """Draft the same number of tokens in every round."""
-
-    def __init__(self, longest: int):
-        self.longest = longest
-
-    def wants_another(self, confidences: list[Tensor]) -> bool:
-        """Whether to draft one more, given the draft's own probabilities, each [1], of what this round has drafted."""
-        return len(confidences) < self.longest
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """What became of the round."""
-
-
-@torch.no_grad()
-def speculative_decode(
+def decode_speculatively(
     main: CachedModel,
-    draft: CachedModel,
+    draft: ModelDraft | NgramDraft,
+    rule: Greedy,
+    length: FixedLength,
     prompt_ids: Tensor,
     max_new_tokens: int,
     end_ids: set[int],
-    draft_length: FixedLength,
+    number: int = 0,
 ) -> Decoded:
-    """Decode with the draft's help: the same text, several tokens a forward pass of the main model.
+    """Decode with the draft's help: several tokens a forward pass of the main model, and the text is still its own.
 
-    Leviathan et al. 2023, algorithm 1, for greedy decoding. prompt_ids: [1, n], n ≥ 1, on the models' device. The last
-    round is a whole one too; what it gives beyond the end of the text is cut off.
+    Leviathan et al. 2023, algorithm 1. prompt_ids: [1, n], n ≥ 1, on the models' device. The last round is a whole one
+    too; what it gives beyond the end of the text is cut off. The other parameters are those of `decode_alone`.
     """
+    text, room = prompt_ids[0].tolist(), max_new_tokens
     start = now(main.device)
     main.new_text()
-    draft.new_text()
-    first = main.read(prompt_ids, last=1).argmax(dim=-1, keepdim=True)  # [1, 1]
-    tokens, ended = cut([first.item()], max_new_tokens, end_ids)
+    rule.restart(number)
+    (first,) = rule.next_token(main.read(prompt_ids, last=1), prompt_ids, rule.uniform(1))
+    emitted, ended = cut([first.item()], room, end_ids)
     first_token_s = now(main.device) - start
-    if prompt_ids.shape[1] > 1:
-        draft.read(prompt_ids[:, :-1], last=1)
-    unread = torch.cat([prompt_ids[:, -1:], first], dim=1)  # [1, 2]: the end of the text, which the draft has not read
+    text += emitted
+    room -= 1
+    draft.new_text(prompt_ids)
 
     rounds, log_likelihoods, marks = [], [], [mark(main.device)]
     while not ended:
-        # 1. Draft: K guesses, one after the other. With a fixed K, the host only queues work here and waits for nothing.
-        guesses, confidences, ids = [unread[:, -1:]], [], unread
-        while draft_length.wants_another(confidences):
-            ids, confidence = draft.guess(ids)
-            guesses.append(ids)
-            confidences.append(confidence)
-        guesses = torch.cat(guesses, dim=1)  # [1, K+1]: the text's last token, d1 … dK
+        # 1. Draft: K guesses, one after the other.
+        guesses, q = draft.propose(text, length)  # [1, K]: d1 … dK; [K, vocabulary], if they were drawn
         marks.append(mark(main.device))
 
         # 2. Verify: one pass of the main model says what it would have written at each place itself.
-        choices, log_likelihood = main.verify(guesses)  # [1, K+1]: g1 … g(K+1); [K]
+        last = torch.tensor([text[-1:]], device=main.device)
+        verdict, of_guesses = main.verify(rule.judge, torch.cat([last, guesses], dim=1))  # [K+1, …]; [K]
         marks.append(mark(main.device))
 
-        # 3. Accept the guesses before the first wrong one, and the main model's own token in its place, or behind them
-        #    all. The one moment in a round when the host waits for the device and reads from it.
-        (_, *d), g = torch.cat([guesses, choices]).tolist()
-        drafted = len(d)
-        accepted = next((i for i in range(drafted) if d[i] != g[i]), drafted)
-        emitted, ended = cut(g[: accepted + 1], max_new_tokens - len(tokens), end_ids)  # g1 … gn are d1 … dn
-        tokens += emitted
+        # 3. Accept the guesses that stand, and one token of the main model's own. The one moment in a round when the
+        #    host waits for the device and reads from it.
+        own = rule.accept(verdict, guesses[0], q)
+        drafted, accepted = guesses.shape[1], len(own) - 1
+        emitted, ended = cut(own, room, end_ids)
+        text += emitted
+        room -= len(emitted)
 
-        # 4. Roll back: both models forget the wrong guesses.
+        # 4. Roll back: both models forget the guesses that do not stand.
         main.roll_back(drafted - accepted)
         draft.roll_back(drafted - accepted)
-        last_two = torch.stack([guesses[0, accepted], choices[0, accepted]])[None]
-        unread = last_two if drafted else torch.cat([unread[:, :-1], last_two], dim=1)
 
-        draft_length.learn(drafted, accepted)
+        length.learn(drafted, accepted)
         rounds.append((drafted, accepted))
-        log_likelihoods.append(log_likelihood)
+        log_likelihoods.append(of_guesses)
         marks.append(mark(main.device))
 
     latency_s = now(main.device) - start
     spent = [seconds_between(earlier, later) for earlier, later in itertools.pairwise(marks)]
     return Decoded(
-        tokens,
+        text[prompt_ids.shape[1] :],
         latency_s,
         first_token_s,
         rounds,
@@ -369,53 +609,36 @@ def speculative_decode(
 # How many tokens to draft: as long as one more is worth more than it costs.
 
 
-@dataclasses.dataclass
-class Costs:
-    """What passes cost on this machine, in seconds, by the number of tokens."""
-
-    draft_pass_s: dict[int, float]  # 2: the first of a round; 1: each further one
-    main_pass_s: dict[int, float]  # what lies between is interpolated
-
-    def main_pass(self, tokens: int) -> float:
-        """A pass of the main model over so many tokens."""
-        below = max(n for n in self.main_pass_s if n <= tokens)
-        above = min((n for n in self.main_pass_s if n >= tokens), default=below)
-        share = (tokens - below) / max(above - below, 1)
-        return self.main_pass_s[below] * (1 - share) + self.main_pass_s[above] * share
-
-    def round(self, drafted: int) -> float:
-        """A whole round."""
-        drafting = self.draft_pass_s[2] + (drafted - 1) * self.draft_pass_s[1] if drafted else 0.0
-        return drafting + self.main_pass(drafted + 1)
-
-
 @torch.no_grad()
-def measure_costs(main: CachedModel, draft: CachedModel, prompt_ids: Tensor, longest: int) -> Costs:
-    """Time the passes that rounds consist of, at the end of a prompt, [1, n]: medians, after a warm-up.
+def measure_costs(main: CachedModel, draft: CachedModel | None, rule: Greedy, prompt_ids: Tensor, longest: int) -> dict:
+    """What passes cost on this machine, in seconds, by the number of tokens: medians, after a warm-up.
 
-    The models alternate as they do in decoding: the main model drives the draft's weights out of a processor's caches.
+    Measured at the end of a prompt, [1, n]. The models alternate as they do in decoding: the main model drives the
+    draft's weights out of a processor's caches. draft_pass_s: 2, the first of a round, and 1, each further one.
     """
-    ids = prompt_ids[:, -1:].repeat(1, longest + 1)
     widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
-    costs = Costs({1: [], 2: []}, {width: [] for width in widths})
-    for model in (main, draft):
+    costs = {"draft_pass_s": {1: [], 2: []}, "main_pass_s": {width: [] for width in widths}}
+    ids = prompt_ids[:, -1:].repeat(1, longest + 1)
+    for model in filter(None, (main, draft)):
         model.new_text()
         model.read(prompt_ids, last=1)
 
-    def add(times: list[float], model: CachedModel, step: Callable, tokens: int) -> None:
-        start = now(model.device)
-        step(ids[:, :tokens].contiguous())
-        model.roll_back(tokens)
-        times.append(now(model.device) - start)
+    def time_pass(times: list[float], model: CachedModel | None, tokens: int, step: Callable) -> None:
+        start = now(main.device)
+        if model:
+            step(ids[:, :tokens].contiguous())
+            model.roll_back(tokens)
+        times.append(now(main.device) - start)
 
     for _ in range(12):
         for width in widths:
-            add(costs.main_pass_s[width], main, main.verify, width)
-            add(costs.draft_pass_s[2], draft, draft.guess, 2)
-            add(costs.draft_pass_s[1], draft, draft.guess, 1)
-    for times in (costs.draft_pass_s, costs.main_pass_s):
-        times |= {tokens: statistics.median(some[len(some) // 4 :]) for tokens, some in times.items()}
-    return costs
+            time_pass(costs["main_pass_s"][width], main, width, lambda ids: main.verify(rule.judge, ids))
+            for tokens, times in costs["draft_pass_s"].items():
+                time_pass(times, draft, tokens, lambda ids: draft.step(rule.guess, ids, rule.uniform(1)))
+    return {
+        name: {tokens: statistics.median(some[len(some) // 4 :]) for tokens, some in times.items()}
+        for name, times in costs.items()
+    }
 
 
 class AutoLength(FixedLength):
@@ -428,24 +651,28 @@ class AutoLength(FixedLength):
     probability before: drafts are more sure of themselves than they should be, or less.
     """
 
-    def __init__(self, longest: int, costs: Costs):
+    def __init__(self, longest: int, costs: dict):
+        """`costs`: of `measure_costs`; what lies between the measured numbers of tokens is interpolated."""
         super().__init__(longest)
-        self.costs = costs
+        first, further = (costs["draft_pass_s"][tokens] for tokens in (2, 1))
+        drafting = [0.0, *(first + k * further for k in range(longest))]
+        verifying = numpy.interp(range(1, longest + 2), *zip(*sorted(costs["main_pass_s"].items()), strict=True))
+        self.round_s = [sum(parts) for parts in zip(drafting, verifying.tolist(), strict=True)]  # by tokens drafted
         self.right, self.tested = 6.0, 8.0  # guesses of recent rounds; an assumption to begin with, as in the next line
         self.seen = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # right, tested: by tenths of the probability
         self.rest, self.next_rest = 0, 4  # rounds still to go without a draft; rounds of the next rest
         self.learn(0, 0)
 
-    def wants_another(self, confidences: list[Tensor]) -> bool:
+    def wants_another(self, confidences: list[Tensor | float]) -> bool:
         """As above; reads the latest probability from the device, so here the host waits for the draft."""
         if not confidences:
             self.tenths = []
             return self.rest == 0
-        self.tenths.append(self.seen[min(9, int(10 * confidences[-1].item()))])
+        self.tenths.append(self.seen[min(9, int(10 * float(confidences[-1])))])
         all_right = math.prod(right / tested for right, tested in self.tenths)
-        drafted, paid = len(confidences), self.costs.round(len(confidences))
-        yields = itertools.accumulate(all_right * self.alpha**k for k in range(1, self.longest - drafted + 1))
-        return any(tokens * self.worth_s > self.costs.round(drafted + k) - paid for k, tokens in enumerate(yields, 1))
+        paid, *further = self.round_s[len(confidences) :]
+        yields = itertools.accumulate(all_right * self.alpha**k for k in range(1, len(further) + 1))
+        return any(tokens * self.worth_s > round_s - paid for tokens, round_s in zip(yields, further, strict=True))
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Learn from a round; a draft that does not pay rests, twice as long each time."""
@@ -459,19 +686,20 @@ class AutoLength(FixedLength):
                 tenth[:] = 0.98 * tenth[0] + (index < accepted), 0.98 * tenth[1] + 1
         self.alpha = self.right / self.tested
         yields = itertools.accumulate(self.alpha**k for k in range(self.longest + 1))
-        self.worth_s, best = min((self.costs.round(k) / tokens, k) for k, tokens in enumerate(yields))
+        self.worth_s, best = min((self.round_s[k] / tokens, k) for k, tokens in enumerate(yields))
         if best == 0:
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
         else:
             self.next_rest = 4
 
 
-# 4  Is the output the main model's own? -------------------------------------------------------------------------------
+# 5  Is the output the main model's own? -------------------------------------------------------------------------------
 #
-# In exact arithmetic the two methods write the same tokens. In floating point, a pass over K+1 tokens and K+1 passes
-# over one token round differently; where the two best tokens are all but tied, the choice can flip, and from there on
-# the two texts part for good. In bfloat16 this is the normal case. It is no bug, but a bug would look the same: so when
-# two outputs differ, the next function finds out which it is.
+# In exact arithmetic the two greedy methods write the same tokens. In floating point, a pass over K+1 tokens and K+1
+# passes over one token round differently; where the two best tokens are all but tied, the choice can flip, and from
+# there on the two texts part for good. In bfloat16 this is the normal case. It is no bug, but a bug would look the
+# same: so when two outputs differ, the next function finds out which it is. (Drawn texts differ by chance, and say
+# nothing of the kind.)
 
 
 @dataclasses.dataclass
@@ -492,13 +720,13 @@ def find_divergence(
 ) -> Divergence | None:
     """Compare two outputs for one prompt, [1, n]; None if they are the same.
 
-    The gap certifies every token of the speculative output, not only the first that differs: after a rounding flip, too,
-    each further token must be the best one, or tied with it, given all before.
+    The gap certifies every token of the speculative output, not only the first that differs: after a rounding flip,
+    too, each further token must be the best one, or tied with it, given all before.
     """
     if baseline == speculative:
         return None
-    pairs = enumerate(zip(baseline, speculative))
-    index = next((i for i, (b, s) in pairs if b != s), min(len(baseline), len(speculative)))
+    shorter = min(len(baseline), len(speculative))
+    index = next((i for i in range(shorter) if baseline[i] != speculative[i]), shorter)
 
     output = torch.tensor([speculative], device=main.device)
     text = torch.cat([prompt_ids, output[:, :-1]], dim=1)
@@ -515,85 +743,118 @@ def find_divergence(
     )
 
     # One text a mere beginning of the other: no rounding makes a loop stop early, or go on behind the end.
-    same_so_far = index == min(len(baseline), len(speculative))
-    kind = "tie" if gap <= noise and not same_so_far else "mismatch"
+    kind = "tie" if gap <= noise and index < shorter else "mismatch"
     token = [ids[index] if index < len(ids) else None for ids in (baseline, speculative)]
     return Divergence(index, *token, gap, noise, kind)
 
 
-# 5  Measuring ---------------------------------------------------------------------------------------------------------
+# 6  Measuring ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A prompt, and where it comes from."""
+
+    text: str
+    number: int  # in its file, from 1
+    category: str | None = None
+    question_id: str | int | None = None
+    ids: Tensor | None = None  # [1, n], on the models' device
+
+
+@dataclasses.dataclass
+class Measured:
+    """What became of one prompt with one method."""
+
+    run: Decoded  # of all repeats, the one with the median latency
+    latencies_s: list[float]  # of all repeats
+    divergence: Divergence | None = None  # from the baseline's output
 
 
 @torch.no_grad()
-def transformers_decode(
+def decode_by_transformers(
     main: CachedModel,
-    draft: CachedModel | None,
+    draft: ModelDraft | NgramDraft | None,
+    rule: Greedy,
+    draft_tokens: int | None,
     prompt_ids: Tensor,
     max_new_tokens: int,
     end_ids: set[int],
-    draft_tokens: int | None = None,
+    number: int = 0,
 ) -> Decoded:
     """What a user would run instead: transformers' own generate(), assisted by the draft if there is one.
 
-    draft_tokens: K for every round, or None for the library's defaults. Nothing but greedy decoding runs, whatever the
-    models' own generation configs ask for (sampling, repetition penalties, …).
+    draft_tokens: K for every round, or None for the library's defaults. Nothing but decoding by our rule runs, whatever
+    the models' own generation configs ask for (sampling, repetition penalties, …).
     """
-    models = [cached.model for cached in (main, draft) if cached]
+    settings = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(end_ids) or None, "pad_token_id": 0}
+    settings |= {"do_sample": False}
+    if isinstance(rule, Sampling):
+        settings |= {"do_sample": True, "temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p}
+        torch.manual_seed(rule.seed * 2**20 + number)
+    models, of_draft = [main.model], {}
+    if isinstance(draft, NgramDraft):
+        settings |= {"prompt_lookup_num_tokens": draft_tokens or 10, "max_matching_ngram_size": max(draft.HOPES)}
+    elif draft:
+        models.append(draft.model.model)
+        if draft_tokens:
+            of_draft |= {"num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
+            of_draft |= {"assistant_confidence_threshold": 0.0}
     saved = [model.generation_config for model in models]
     for model in models:  # the library reads what it is not told from these
-        model.generation_config = GenerationConfig()
-    if draft and draft_tokens:
-        draft.model.generation_config = GenerationConfig(
-            num_assistant_tokens=draft_tokens,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(end_ids) or None, pad_token_id=0
-    )
+        model.generation_config = GenerationConfig(**(of_draft if model is not main.model else {}))
     try:
         start = now(main.device)
         output = main.model.generate(
             prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
-            generation_config=config,
-            assistant_model=draft.model if draft else None,
+            generation_config=GenerationConfig(**settings),
+            assistant_model=models[1] if len(models) > 1 else None,
         )
         tokens = output[0, prompt_ids.shape[1] :].tolist()
         return Decoded(tokens, now(main.device) - start)
     finally:
-        for model, config in zip(models, saved):
+        for model, config in zip(models, saved, strict=True):
             model.generation_config = config
 
 
 def measure(
     main: CachedModel,
-    prompts_ids: list[Tensor],
-    methods: dict[str, Callable[[Tensor], Decoded]],
+    prompts: list[Prompt],
+    methods: dict[str, Callable[[Prompt], Decoded]],
     repeats: int = 1,
     warmup: int = 1,
-    announce: Callable[[int, str], None] = lambda prompt, method: None,
-) -> Iterator[dict[str, tuple[Decoded, Divergence | None]]]:
-    """Decode each prompt, [1, n] on the models' device, with all methods; yield what each wrote, and where it diverges.
+    compare: bool = True,
+    announce: Callable[[Prompt, str], None] = lambda prompt, method: None,
+) -> Iterator[dict[str, Measured] | str]:
+    """Decode each prompt with all methods; yield what became of it, by method, or why it failed.
 
-    The first method is the baseline: the others' outputs are compared with its. `announce` is told the prompt's index
-    and the method before each run, outside the timed part.
+    The first method is the baseline: if `compare`, the others' outputs are compared with its. `announce` is told the
+    prompt and the method before each run, outside the timed part.
     """
-    for _ in range(warmup):  # first runs are slow: memory is allocated, kernels are loaded, clocks speed up
-        for name, method in methods.items():
-            announce(0, f"warm-up, {name}")
-            method(prompts_ids[0])
-    for index, ids in enumerate(prompts_ids):
-        runs = {name: [] for name in methods}
-        for repeat in range(repeats):
-            order = list(methods) if (index + repeat) % 2 == 0 else list(methods)[::-1]  # none always goes first
-            for name in order:
-                announce(index, name)
-                runs[name].append(methods[name](ids))
-        # The run with the median latency counts; of an even number of runs, the faster of the middle two.
-        counted = [sorted(of_one, key=lambda run: run.latency_s)[(repeats - 1) // 2] for of_one in runs.values()]
-        expected = counted[0].token_ids
-        yield {name: (run, find_divergence(main, ids, expected, run.token_ids)) for name, run in zip(methods, counted)}
+    for index, prompt in enumerate(prompts):
+        try:
+            for _ in range(0 if index else warmup):  # memory is allocated, kernels are loaded, clocks speed up
+                for name, method in methods.items():
+                    announce(prompt, f"warm-up, {name}")
+                    method(prompt)
+            runs = {name: [] for name in methods}
+            for repeat in range(repeats):
+                order = list(methods) if (index + repeat) % 2 == 0 else list(methods)[::-1]  # none always goes first
+                for name in order:
+                    announce(prompt, name)
+                    runs[name].append(methods[name](prompt))
+            results = {}
+            for name, done in runs.items():
+                # The run with the median latency counts; of an even number of runs, the faster of the middle two.
+                run = sorted(done, key=lambda run: run.latency_s)[(repeats - 1) // 2]
+                results[name] = Measured(run, [run.latency_s for run in done])
+                if compare:
+                    own = next(iter(results.values())).run.token_ids
+                    results[name].divergence = find_divergence(main, prompt.ids, own, run.token_ids)
+            yield results
+        except RuntimeError as error:  # above all: out of memory. The next prompt may be shorter.
+            yield first_line(error)
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -616,11 +877,11 @@ def acceptance(runs: list[Decoded]) -> dict:
     from reading the prompt, not from a round. Rounds are counted whole, the last one too.
     """
     rounds = [counts for run in runs for counts in run.rounds]
-    drafted, accepted = sum(d for d, _ in rounds), sum(a for _, a in rounds)
-    tested = sum(min(a + 1, d) for d, a in rounds)
+    lengths = [drafted for drafted, _ in rounds]
+    drafted, accepted = sum(lengths), sum(accepted for _, accepted in rounds)
+    tested = sum(min(accepted + 1, drafted) for drafted, accepted in rounds)
     log_likelihood = sum(run.log_likelihood for run in runs)
     times = {f"{part}_s": sum(getattr(run, f"{part}_s") for run in runs) for part in ("prefill", "draft", "verify")}
-    lengths = [d for d, _ in rounds]
     return {
         "rounds": len(rounds),
         "drafted": drafted,
@@ -643,7 +904,9 @@ def speedup_percent(baseline: dict, speculative: dict) -> float | None:
     return None if quotient is None else 100 * (quotient - 1)
 
 
-def promised_percent(alpha: float | None, drafted: float | None, draft_cost: float | None, verify_cost: float | None):
+def promised_percent(
+    alpha: float | None, drafted: float | None, draft_cost: float | None, verify_cost: float | None
+) -> float | None:
     """The speedup in percent that theory promises: Leviathan et al. 2023, theorem 3.8, which has verify_cost = 1.
 
     A round that drafts K tokens (their mean, where it varies) gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and
@@ -655,43 +918,68 @@ def promised_percent(alpha: float | None, drafted: float | None, draft_cost: flo
     return 100 * (tokens / (drafted * draft_cost + verify_cost) - 1)
 
 
-def report_prompt(
-    prompt: str, prompt_tokens: int, baseline: Decoded, run: Decoded, divergence: Divergence | None, tokenizer, key: str
-) -> dict:
+def speedup_interval(baselines: list[Measured], results: list[Measured]) -> list[float] | None:
+    """A 95 % bootstrap interval of the speedup in percent; None if no run was repeated.
+
+    Drawn anew, with replacement, 2,000 times: the prompts, and for each the repeats of each method.
+    """
+    if len(baselines[0].latencies_s) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(results), (2000, len(results)), generator=generator)
+
+    def tokens_per_s(of: list[Measured]) -> Tensor:
+        latencies = torch.tensor([result.latencies_s for result in of])[picked]  # [2000, prompts, repeats]
+        repeats = torch.randint(latencies.shape[2], latencies.shape, generator=generator)
+        tokens = torch.tensor([len(result.run.token_ids) for result in of])[picked]
+        return tokens.sum(dim=1) / latencies.gather(2, repeats).median(dim=2).values.sum(dim=1)
+
+    gains = 100 * (tokens_per_s(results) / tokens_per_s(baselines) - 1)
+    return gains.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def report_prompt(prompt: Prompt, baseline: Measured, result: Measured, key: str, sampled: bool, tokenizer) -> dict:
     """What the baseline and another method, called `key`, did with one prompt: as it stands in the JSON."""
 
-    def output(decoded: Decoded) -> dict:
-        text = tokenizer.decode(decoded.token_ids, skip_special_tokens=True)
-        first = {"first_token_s": decoded.first_token_s or None}
-        return speed([decoded]) | first | {"text": text, "token_ids": decoded.token_ids}
+    def output(of: Measured) -> dict:
+        text = tokenizer.decode(of.run.token_ids, skip_special_tokens=True)
+        spread = {"latency_min_s": min(of.latencies_s), "latency_max_s": max(of.latencies_s)}
+        first = {"first_token_s": of.run.first_token_s or None}
+        return speed([of.run]) | spread | first | {"text": text, "token_ids": of.run.token_ids}
 
-    return {
-        "prompt": prompt,
-        "prompt_tokens": prompt_tokens,
+    return describe_prompt(prompt) | {
         "baseline": output(baseline),
-        key: output(run) | acceptance([run]),
-        "speedup_percent": speedup_percent(speed([baseline]), speed([run])),
-        "identical": divergence is None,
-        "divergence": divergence and dataclasses.asdict(divergence),
+        key: output(result) | acceptance([result.run]),
+        "speedup_percent": speedup_percent(speed([baseline.run]), speed([result.run])),
+        "identical": None if sampled else result.divergence is None,
+        "divergence": result.divergence and dataclasses.asdict(result.divergence),
+        "error": None,
     }
 
 
-def summarise(baselines: list[Decoded], runs: list[Decoded], divergences: list[Divergence | None], key: str) -> dict:
-    """The same over all prompts, and what theory promises."""
-    baseline, method = speed(baselines), speed(runs) | acceptance(runs)
-    steps = sum(len(run.token_ids) - 1 for run in baselines)
-    step_s = ratio(sum(run.latency_s - run.first_token_s for run in baselines), steps)
-    draft_step_s, verify_pass_s = (
-        ratio(method["draft_s"], method["drafted"]),
-        ratio(method["verify_s"], method["rounds"]),
-    )
+def describe_prompt(prompt: Prompt) -> dict:
+    """What the JSON says of a prompt itself."""
+    said = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1]}
+    return said | {key: getattr(prompt, key) for key in ("category", "question_id")}
+
+
+def summarise(baselines: list[Measured], results: list[Measured], key: str, sampled=False, steps=True) -> dict:
+    """The same over several prompts, and what theory promises; `steps`: if the draft is a model, whose steps cost."""
+    alone = [result.run for result in baselines]
+    runs = [result.run for result in results]
+    baseline, method = speed(alone), speed(runs) | acceptance(runs)
+    decoding_s = sum(run.latency_s - run.first_token_s for run in alone)
+    step_s = ratio(decoding_s, sum(len(run.token_ids) - 1 for run in alone))
+    draft_step_s = ratio(method["draft_s"], method["drafted"]) if steps else None
+    verify_pass_s = ratio(method["verify_s"], method["rounds"])
     draft_cost, verify_cost = ratio(draft_step_s, step_s), ratio(verify_pass_s, step_s)
     rates = method["alpha"], method["drafted_per_round"], draft_cost
-    kinds = [divergence and divergence.kind for divergence in divergences]
+    kinds = [result.divergence and result.divergence.kind for result in results]
     return {
         "baseline": baseline,
         key: method,
         "speedup_percent": speedup_percent(baseline, method),
+        "speedup_interval_percent": speedup_interval(baselines, results),
         "predicted_speedup_percent": promised_percent(*rates, verify_cost),
         "ideal_speedup_percent": promised_percent(*rates, 1.0),
         "baseline_step_s": step_s,
@@ -699,23 +987,13 @@ def summarise(baselines: list[Decoded], runs: list[Decoded], divergences: list[D
         "verify_pass_s": verify_pass_s,
         "draft_cost": draft_cost,  # one draft step, in baseline steps: the c of Leviathan et al.
         "verify_cost": verify_cost,  # one verify pass, in baseline steps
-        "identical": kinds.count(None),
+        "identical": None if sampled else kinds.count(None),
         "ties": kinds.count("tie"),
         "mismatches": kinds.count("mismatch"),
     }
 
 
-# 6  Reporting ---------------------------------------------------------------------------------------------------------
-
-
-def plain(text: str) -> str:
-    """Text from a model, a file or the system as one line that is safe to print: nothing in it controls the terminal.
-
-    Line ends, tabs and the like become spaces; what else controls or formats (escape sequences, bidirectional
-    overrides, zero-width characters), or has no agreed look, becomes �.
-    """
-    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn")  # control, format, surrogate, private, unassigned
-    return "".join("�" if unicodedata.category(sign) in unsafe else sign for sign in " ".join(text.split()))
+# 7  Reporting ---------------------------------------------------------------------------------------------------------
 
 
 def figure(value: float | None) -> str:
@@ -728,9 +1006,9 @@ def percent(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.0f} %"
 
 
-# Heading and width of each column; the prompt has what is left of the line, 15 columns of 80.
+# Heading and width of each column; the prompt has what is left of the line, 12 columns of 80.
 COLUMNS = [("#", 3), ("prompt", 0), ("tokens", 6), ("s", 6), ("tok/s", 6), ("s", 6), ("tok/s", 6)]
-COLUMNS += [("faster", 7), ("accept", 6), ("log-l.", 6), ("same", 4)]
+COLUMNS += [("faster", 7), ("accept", 6), ("log-l.", 6), ("same", 7)]
 
 
 def print_row(console: Console, cells: list[str | Text], style: str = "") -> None:
@@ -756,19 +1034,20 @@ def print_reports(console: Console, number: str, title: str, reports: dict[str, 
 
     A single draft length shares the prompt's row with the baseline; of several, each has a row of its own.
     """
-    first, single = next(iter(reports.values())), sum("speculative" in report for report in reports.values()) == 1
+    first, single = next(iter(reports.values())), len(reports) == 1 or "compared" in list(reports.values())[1]
+    if first.get("error"):
+        console.print(Text(f"{number:>3} {plain(title)[:40]}: {plain(first['error'])}", style="red"))
+        return
     baseline = [figure(first["baseline"][key]) for key in ("latency_s", "tokens_per_s")]
     start = [number, plain(title), str(first["baseline"]["new_tokens"]), *baseline]
     if not single:
         print_row(console, start + [""] * 6)
     for name, report in reports.items():
         method = report.get("speculative") or report["compared"]
-        faster, rate, likelihood = (
-            report["speedup_percent"],
-            method["acceptance_rate"],
-            method["log_likelihood_per_token"],
-        )
-        if "mismatches" in report:  # the averages
+        faster, rate, mean = (report["speedup_percent"], method["acceptance_rate"], method["log_likelihood_per_token"])
+        if report["identical"] is None:
+            same = "sampled"
+        elif "mismatches" in report:  # the averages
             same = f"{report['identical']}/{report['identical'] + report['ties'] + report['mismatches']}"
         else:
             kind = "yes" if report["identical"] else report["divergence"]["kind"]
@@ -776,24 +1055,65 @@ def print_reports(console: Console, number: str, title: str, reports: dict[str, 
         cells = start if single and report is first else ["", f"  {name}", str(method["new_tokens"]), "", ""]
         cells = [*cells, figure(method["latency_s"]), figure(method["tokens_per_s"])]
         cells.append(Text(percent(faster, "+"), "green" if (faster or 0) > 0 else "red"))
-        cells += ["", ""] if rate is None else [percent(100 * rate), figure(likelihood)]  # no draft, or none of ours
+        cells += ["", ""] if rate is None else [percent(100 * rate), figure(mean)]  # no draft, or none of ours
         print_row(console, [*cells, same])
 
 
-def print_lengths(console: Console, runs: list[dict]) -> None:
-    """Print the table that compares draft lengths: what each gained, and why."""
-    table = Table(box=None, padding=(0, 1), title="By draft length", title_justify="left", title_style="bold")
-    for heading in ("K", "faster", "predicted", "accept", "tokens/round", "draft step", "verify pass"):
+def print_summaries(console: Console, title: str, summaries: dict[str, dict]) -> None:
+    """Print a table that compares summaries, of draft lengths or categories: what each gained, and why."""
+    table = Table(box=None, padding=(0, 1), title=title, title_justify="left", title_style="bold")
+    table.add_column("", overflow="ellipsis", no_wrap=True)
+    for heading in ("tok/s", "faster", "predicted", "accept", "tokens/round", "draft step", "verify pass"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        summary = run["summary"]
-        counts = summary["speculative"]
-        steps = [summary[key] and f"{1000 * summary[key]:.2f} ms" for key in ("draft_step_s", "verify_pass_s")]
+    for name, summary in summaries.items():
+        counts, rate = summary["speculative"], summary["speculative"]["acceptance_rate"]
         gains = [percent(summary[key], "+") for key in ("speedup_percent", "predicted_speedup_percent")]
-        rate = counts["acceptance_rate"]
-        cells = [*gains, percent(rate and 100 * rate), figure(counts["tokens_per_round"]), *steps]
-        table.add_row(str(run["draft_tokens"]), *[cell or "–" for cell in cells])
+        steps = [summary[key] and f"{figure(1000 * summary[key])} ms" for key in ("draft_step_s", "verify_pass_s")]
+        cells = [figure(counts["tokens_per_s"]), *gains, percent(rate and 100 * rate)]
+        cells += [figure(counts["tokens_per_round"]), *steps]
+        table.add_row(Text(plain(name)), *[cell or "–" for cell in cells])
     console.print(table)
+
+
+def print_chart(console: Console, runs: list[dict]) -> None:
+    """Print bars: how many times as fast as the baseline each draft length was, and was predicted to be."""
+    bars = [
+        (f"K = {run['draft_tokens']}" * (kind == "measured"), kind, 1 + run["summary"][key] / 100, color)
+        for run in runs
+        for kind, key, color in (
+            ("measured", "speedup_percent", "green"),
+            ("predicted", "predicted_speedup_percent", "bright_black"),
+        )
+        if run["summary"][key] is not None
+    ]
+    chart = Table.grid(padding=(0, 1, 0, 0))
+    for name, kind, times, color in bars:
+        bar = Bar(max(times for _, _, times, _ in bars), 0, times, width=max(10, console.width - 30), color=color)
+        chart.add_row(name, kind, bar, f"{times:.2f} ×")
+    console.print(Text("Times as fast as the baseline", style="bold"))
+    console.print(chart)
+
+
+def print_text(console: Console, tokenizer, run: Decoded) -> None:
+    """Print what was written, each token by where it comes from: in colours, or, without them, in marks."""
+    origins = ["own"]  # the first token, from reading the prompt
+    for drafted, accepted in run.rounds:
+        origins += ["draft"] * accepted + ["own" if accepted < drafted else "bonus" if drafted else "plain"]
+    styles = {"draft": "green", "own": "bold red", "bonus": "cyan", "plain": ""}
+    marks = {"draft": "{}", "own": "«{}»", "bonus": "‹{}›", "plain": "{}"}
+    colours = console.is_terminal and not console.no_color
+    text, done = Text(), ""
+    for place, origin in enumerate(origins[: len(run.token_ids)], 1):
+        decoded = tokenizer.decode(run.token_ids[:place])
+        if decoded.endswith("\ufffd") and place < len(run.token_ids):
+            continue  # a part of a character: it comes with the rest
+        piece, done = safe(decoded[len(done) :]), decoded
+        text.append(piece, styles[origin]) if colours else text.append(marks[origin].format(piece))
+    legend = {"draft": "accepted guess", "own": "the main model's, in place of a guess", "bonus": "its bonus token"}
+    for origin, words in legend.items():
+        text.append("\n" if origin == "draft" else ", ")
+        text.append(words, styles[origin]) if colours else text.append(marks[origin].format(words))
+    console.print(text, "", soft_wrap=False)
 
 
 def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
@@ -801,7 +1121,7 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
 
     runs: one for each draft length; compared: one for each of the library's methods. Both as in the JSON.
     """
-    best = max(runs, key=lambda run: run["summary"]["speedup_percent"] or -math.inf)
+    best = best_run(runs)
     summary, counts, length = best["summary"], best["summary"]["speculative"], best["draft_tokens"]
     lines = []
     if len(runs) > 1:
@@ -810,12 +1130,15 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
         lines.append("Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.")
     else:
         times = 1 + summary["speedup_percent"] / 100
+        interval = summary["speedup_interval_percent"]
+        sure = f" (95 % interval {1 + interval[0] / 100:.2f} to {1 + interval[1] / 100:.2f})" if interval else ""
         promises = [percent(summary[f"{kind}_speedup_percent"], "+") for kind in ("predicted", "ideal")]
-        drafted = f" (auto drafted {counts['drafted_per_round']:.1f} a round)" if length == "auto" else ""
+        drafted = f" (of {counts['drafted_per_round']:.1f} guesses a round)" if length == "auto" else ""
+        steps = f", and a draft step {figure(summary['draft_cost'])}: predicted {promises[0]}, ideal {promises[1]}"
         lines.append(
-            f"Speculative decoding was {times:.2f} times as fast. Each verify pass of the main model gave "
-            f"{counts['tokens_per_round']:.1f} tokens{drafted}; it cost {figure(summary['verify_cost'])} baseline steps, "
-            f"and a draft step {figure(summary['draft_cost'])}: predicted {promises[0]}, ideal {promises[1]}."
+            f"Speculative decoding was {times:.2f} times as fast{sure}. Each verify pass of the main model gave "
+            f"{counts['tokens_per_round']:.1f} tokens{drafted}; it cost {figure(summary['verify_cost'])} baseline "
+            f"steps{'' if summary['draft_cost'] is None else steps}."
         )
         parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
         spent = sum(counts[f"{part}_s"] for part in parts)
@@ -828,19 +1151,30 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
         gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
         lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
     ours = [(report, number) for run in runs for number, report in enumerate(run["prompts"], 1)]
+    ours = [(report, number) for report, number in ours if not report["error"]]
+    if all(report["identical"] is None for report, _ in ours):
+        lines.append("The texts are drawn, so they differ: both methods draw from the main model's own distribution.")
+        return lines
     identical = sum(report["identical"] for report, _ in ours)
     same = f"All {len(ours)}" if identical == len(ours) else f"{identical} of {len(ours)}"
     lines.append(f"{same} outputs are the main model's own, token for token.")
-    for report, number in ours:
-        if (divergence := report["divergence"]) is None:
-            continue
+    parted = [(report["divergence"], number) for report, number in ours if report["divergence"]]
+    parted.sort(key=lambda one: one[0]["kind"])  # the bad news first
+    for divergence, number in parted[:10]:
         where = f"Prompt {number} parts from the baseline at new token {divergence['index'] + 1}"
         figures = f"gap {divergence['gap']:.3g}, rounding noise {divergence['noise']:.3g}"
         if divergence["kind"] == "tie":
             lines.append(f"{where} at a tie ({figures}): the main model's own within its rounding.")
         else:
             lines.append(f"{where} and is NOT the main model's own ({figures}): please report this as a bug.")
+    if len(parted) > 10:
+        lines.append(f"So do {len(parted) - 10} more: --json FILE has all of them.")
     return lines
+
+
+def best_run(runs: list[dict]) -> dict:
+    """The run whose draft length was the fastest."""
+    return max(runs, key=lambda run: run["summary"]["speedup_percent"] or -math.inf)
 
 
 def write_json(path: str, report: dict) -> None:
@@ -853,43 +1187,70 @@ def write_json(path: str, report: dict) -> None:
         raise CannotRun(f"cannot write {path}: {error.strerror}; name another file with --json") from error
 
 
-# 7  Loading -----------------------------------------------------------------------------------------------------------
+# 8  Loading -----------------------------------------------------------------------------------------------------------
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bearable length."""
-    text = plain(str(error).strip().partition("\n")[0]) or type(error).__name__
-    return text if len(text) < 300 else text[:299] + "…"
+def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a file, or `limit` of them, spread evenly over the categories. Raises CannotRun.
 
-
-def read_prompts(path: str) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # do not count. Raises CannotRun."""
+    A text file has one prompt a line; blank lines and lines that start with # do not count. A file whose name ends in
+    .jsonl has one JSON object a line, with `prompt` or `turns` (the first counts), and perhaps `category` and
+    `question_id`: as the question files of MT-Bench and Spec-Bench.
+    """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise CannotRun(f"cannot read {path}: {error.strerror}; name a text file with --prompts") from error
     except UnicodeDecodeError as error:
-        raise CannotRun(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [line for line in prompts if line and not line.startswith("#")]
+        line = error.object[: error.start].count(b"\n") + 1
+        raise CannotRun(f"{path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
+    prompts = []
+    for line, content in enumerate(map(str.strip, lines), 1):
+        if content and path.endswith(".jsonl"):
+            prompts.append(parse_prompt(content, f"{path}, line {line}", len(prompts) + 1))
+        elif content and not content.startswith("#"):
+            prompts.append(Prompt(content, len(prompts) + 1))
     if not prompts:
         raise CannotRun(f"{path} has no prompts; write one on each line")
-    return prompts
+    rank, seen = [], collections.Counter()  # each prompt's place within its category
+    for prompt in prompts:
+        rank.append((seen[prompt.category], prompt.number))
+        seen[prompt.category] += 1
+    chosen = {number for _, number in sorted(rank)[:limit]}
+    return [prompt for prompt in prompts if prompt.number in chosen]
 
 
-def choose_device(wanted: str) -> torch.device:
+def parse_prompt(content: str, where: str, number: int) -> Prompt:
+    """One line of a .jsonl file. Raises CannotRun."""
+    try:
+        entry = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CannotRun(f"{where}: this is not JSON ({first_line(error)}); write one object a line") from error
+    text = category = None
+    if isinstance(entry, dict):
+        turns = entry.get("turns")
+        text = entry.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
+        category = entry.get("category")
+    if not isinstance(text, str):
+        raise CannotRun(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
+    if not text.strip():
+        raise CannotRun(f"{where}: the prompt is empty; leave the line out")
+    question_id = entry.get("question_id")
+    question_id = question_id if isinstance(question_id, str | int) else None
+    return Prompt(text, number, None if category is None else str(category), question_id)
+
+
+def choose_device(wanted: str, state: accelerate.PartialState) -> torch.device:
     """The device named on the command line, or the accelerator if there is one, else the CPU. Raises CannotRun."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if wanted == "auto":
-        return accelerator
+        return state.device if state.num_processes > 1 else accelerator
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
-        raise CannotRun(f"there is no kind of device called {wanted!r}; try cpu, cuda, cuda:1, mps or xpu") from error
-    if device.type not in ("cpu", accelerator.type):
-        raise CannotRun(f"PyTorch finds no {device.type} device here; it finds {accelerator.type}: use --device auto")
-    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise CannotRun(f"there are only {torch.accelerator.device_count()} {device.type} devices, counted from 0")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        mend = f"PyTorch finds {accelerator} here: use --device auto"
+        raise CannotRun(f"cannot use the device {wanted!r} ({first_line(error)}); {mend}") from error
     return device
 
 
@@ -905,84 +1266,156 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def fetch(name: str) -> str:
+@functools.cache
+def hub_refuses(name: str) -> Exception | None:
+    """Ask the hub for a model, once and not for long: downloads themselves would try again for half a minute."""
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=4)
+    except Exception as error:  # whatever network and hub come up with
+        return error
+
+
+def fetch(name: str, *patterns: str) -> str:
     """The folder of a model: the name itself if it is one, else the hub's model of that name, downloaded if need be.
 
-    Only safetensors, JSON and tokenizer files are fetched: nothing that could hold code. Raises CannotRun.
+    Of that, the files that match the patterns; never any that could hold code. Raises CannotRun.
     """
     if pathlib.Path(name).is_dir():
         return name
+    gated = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
+    offline = hub_refuses(name)
     try:
+        if isinstance(offline, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
+            raise offline
         return huggingface_hub.snapshot_download(
-            name,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
-            ignore_patterns=["*/*"],
-            etag_timeout=5,
+            name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5, local_files_only=bool(offline)
         )
-    except huggingface_hub.errors.HFValidationError as error:
+    except hub_errors.HFValidationError as error:
         raise CannotRun(f"there is no folder {name}, and no model on the hub can have that name") from error
-    except huggingface_hub.errors.GatedRepoError as error:
-        mend = f"accept its licence at https://huggingface.co/{name}, then `hf auth login`"
-        raise CannotRun(f"{name} is a gated model, and you have no access: {mend}") from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
+    except hub_errors.GatedRepoError as error:
+        raise CannotRun(f"{name} is a gated model, and you have no access: {gated}") from error
+    except hub_errors.RepositoryNotFoundError as error:
         mend = "check the spelling, or `hf auth login` if it is private"
         raise CannotRun(f"there is no folder {name}, and the hub shows no model of that name: {mend}") from error
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+    except hub_errors.LocalEntryNotFoundError as error:
+        answer = getattr(getattr(offline, "response", None), "status_code", None)
+        if answer in (401, 403):
+            raise CannotRun(
+                f"the hub does not let you read {name} (status {answer}): {gated} with a valid token"
+            ) from error
+        why = f"answers with status {answer}" if answer else "cannot be reached"
         mend = "check the connection, name local folders with --main and --draft, or try --demo"
-        raise CannotRun(f"{name} is not on this machine, and the hub cannot be reached: {mend}") from error
-    except Exception as error:  # whatever network, disk or hub come up with
+        raise CannotRun(f"{name} is not on this machine, and the hub {why}: {mend}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            mend = "make room, or set HF_HOME to a folder on another disk"
+            raise CannotRun(f"the disk is full: {name} cannot be downloaded; {mend}") from error
         raise CannotRun(f"cannot download {name}: {first_line(error)}; try again, or name a local folder") from error
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model whose cache can be rolled back. Raises CannotRun for any other, and for what is broken."""
-    folder = fetch(name)
+NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def load_config(name: str) -> transformers.PreTrainedConfig:
+    """The configuration of a model whose cache can be rolled back. Raises CannotRun for any other."""
+    folder = fetch(name, *NO_WEIGHTS)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise CannotRun(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        layers = DynamicCache(config=config).layers
+    except CannotRun:
+        raise
+    except KeyError as error:
+        raise CannotRun(f"{name} ({config.model_type}) is no language model that writes; take a decoder") from error
+    except Exception as error:  # a broken folder can make the library raise anything
+        mend = "the folder needs the config.json of a causal language model, whole"
+        raise CannotRun(f"cannot load {name}: {first_line(error)}; {mend}") from error
+    # The library's marks of what cannot go back: Mamba, RWKV, linear attention.
+    if getattr(kind, "_is_stateful", False) or not all(layer.is_croppable for layer in layers):
+        raise CannotRun(f"{name} ({config.model_type}) keeps a state that cannot be rolled back; take attention models")
+    return config
+
+
+def weights_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> float:
+    """What a model's weights take, in GB (10^9 bytes), from its configuration alone."""
+    with accelerate.init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize / 1e9
+
+
+def cache_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: int) -> float:
+    """What the keys and values of a text take, in GB, if no layer has a window."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * tokens * dtype.itemsize / 1e9
+
+
+def check_memory(configs: dict[str, transformers.PreTrainedConfig], dtype: torch.dtype, device, tokens: int) -> None:
+    """Raise CannotRun if the device has less free memory than the models' weights and caches take."""
+    limits = accelerate.utils.get_max_memory()
+    free = limits.get(device.type, limits.get(device.index or 0, math.inf)) / 1e9
+    try:
+        needs = {name: (weights_gb(config, dtype), cache_gb(config, dtype, tokens)) for name, config in configs.items()}
+    except Exception:  # a configuration of its own kind: loading will tell
+        return
+    if (needed := sum(map(sum, needs.values()))) <= free:
+        return
+    parts = ", ".join(f"{name} {weights:.1f} + {cache:.1f}" for name, (weights, cache) in needs.items())
+    mends = ["a smaller pair"]
+    if device.type != "cpu":
+        mends.insert(0, "--device-map auto")
+    if dtype == torch.float32 and needed / 2 <= free:
+        mends.insert(0, "--dtype bfloat16 (half of it)")
+    raise CannotRun(
+        f"the models need {needed:.1f} GB in {str(dtype).removeprefix('torch.')} (weights + cache: {parts}), and "
+        f"{device} has {free:.1f} GB free: try {', or '.join(mends)}"
+    )
+
+
+def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype, **placement) -> PreTrainedModel:
+    """Load a model's weights, to where `placement` says. Raises CannotRun for what is broken or does not fit."""
+    folder = fetch(name, *NO_WEIGHTS, "*.safetensors")
+    try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            device_map=device,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **placement,
         )
-    except CannotRun:
-        raise
     except torch.OutOfMemoryError as error:
-        raise CannotRun(
-            f"{name} does not fit into the memory of {device}; take a smaller pair or --device cpu"
-        ) from error
+        raise CannotRun(f"{name} does not fit into memory; take a smaller pair or --device cpu") from error
     except Exception as error:  # a broken folder can make the library raise anything
         mend = "the folder needs config.json and safetensors weights of a causal language model, all whole"
         raise CannotRun(f"cannot load {name}: {first_line(error)}; {mend}") from error
     if missing := sorted(loading["missing_keys"]):
         raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): fetch it anew")
-    if model._is_stateful:  # the library's mark of models that cannot go back: Mamba, RWKV, linear attention
-        raise CannotRun(f"{name} ({config.model_type}) keeps a state that cannot be rolled back; take attention models")
     return model
 
 
-def load_tokenizer(main_name: str, draft_name: str) -> transformers.PreTrainedTokenizerBase:
-    """The main model's tokenizer. The draft's must have the same number for the same token. Raises CannotRun."""
+def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
+    """The first model's tokenizer. The others' must have the same number for the same token. Raises CannotRun."""
     tokenizers = []
-    for name in (main_name, draft_name):
+    for name in names:
         try:
-            tokenizers.append(AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False))
+            tokenizers.append(AutoTokenizer.from_pretrained(fetch(name, *NO_WEIGHTS), trust_remote_code=False))
         except CannotRun:
             raise
         except Exception as error:  # as above
             raise CannotRun(f"cannot load the tokenizer of {name}: {first_line(error)}; fetch it anew") from error
-    main_tokens, draft_tokens = (tokenizer.get_vocab() for tokenizer in tokenizers)
-    if differing := main_tokens.items() ^ draft_tokens.items():
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    if differing := vocabularies[0].items() ^ vocabularies[-1].items():
         token = min(differing)[0]
-        numbers = [tokens.get(token, "nothing") for tokens in (main_tokens, draft_tokens)]
+        sizes, numbers = zip(*[(f"{len(of):,}", str(of.get(token, "nothing"))) for of in vocabularies], strict=True)
         raise CannotRun(
-            f"{main_name} and {draft_name} have different tokenizers ({len(main_tokens):,} and {len(draft_tokens):,} "
-            f"tokens; {token!r} is {numbers[0]} and {numbers[1]}): take a draft of the main model's family"
+            f"{' and '.join(names)} have different tokenizers ({' and '.join(sizes)} tokens; {token!r} is "
+            f"{' and '.join(numbers)}): take a draft of the main model's family, or --draft ngram"
         )
     return tokenizers[0]
 
@@ -1002,28 +1435,32 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
-def context_length(model: PreTrainedModel) -> float:
+def context_length(config: transformers.PreTrainedConfig) -> float:
     """The most tokens that a text may have; infinite where the model sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-# 8  The command line --------------------------------------------------------------------------------------------------
+# 9  The command line --------------------------------------------------------------------------------------------------
 
 
-def count(least: int):
-    """An argparse type: a whole number that is not too small."""
+def number(kind: type, least: float, most: float = math.inf, what: str = "") -> Callable[[str], float]:
+    """An argparse type: a number between two others, both included."""
 
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what or f'a whole number of at least {least}'}")
+        return value
 
     return parse
 
 
 def draft_lengths(text: str) -> list[int | str]:
     """An argparse type: auto, a number, or several of these with commas between them."""
-    return list(dict.fromkeys("auto" if part == "auto" else count(1)(part) for part in text.split(",")))
+    return list(dict.fromkeys("auto" if part == "auto" else number(int, 1)(part) for part in text.split(",")))
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -1034,38 +1471,59 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Without an accelerator and without a model named, the bundled pair of tiny models runs, as with --demo.",
         allow_abbrev=False,
     )
-    option = parser.add_argument
-    option("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    option("--draft", metavar="MODEL", help=f"likewise, a smaller model of the same family (default: {DEFAULT_DRAFT})")
-    option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
-    option("--prompts", metavar="FILE", help="one prompt a line, # for comments (default: prompts.txt)")
-    option("--max-new-tokens", metavar="N", type=count(1), default=128, help="default: 128")
-    lengths = "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the default)"
-    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
-    compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
-    option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
-    option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
-    option("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)")
+    count, least_one = number(int, 0), number(int, 1)
+    temperature = number(float, 0, 100, "a temperature from 0 to 100")
+    share = number(float, 1e-6, 1, "a probability above 0, up to 1")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    option("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on an accelerator, float32 on a CPU")
-    option(
-        "--repeats", metavar="N", type=count(1), default=1, help="runs of each method; the median counts (default: 1)"
-    )
-    option("--warmup", metavar="N", type=count(0), default=1, help="runs of each method before any counts (default: 1)")
-    option("--ignore-eos", action="store_true", help="write exactly N tokens, also behind the end of a text")
-    option("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    option("--json", metavar="FILE", help="write all that was measured")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    for name, metavar, about, settings in [
+        ("--main", "MODEL", f"Hugging Face id or local folder (default: {DEFAULT_MAIN})", {}),
+        ("--draft", "MODEL", f"a smaller model of its family (default: {DEFAULT_DRAFT}), or ngram: no model, but what "
+         "followed the text's last tokens before", {}),
+        ("--demo", None, "the bundled pair and its own prompts: anywhere, offline, in seconds", {}),
+        ("--prompts", "FILE", "one prompt a line, # for comments, or .jsonl as of MT-Bench (default: prompts.txt)", {}),
+        ("--limit", "N", "take N of the prompts, spread evenly over their categories", {"type": least_one}),
+        ("--max-new-tokens", "N", "default: 128", {"type": least_one, "default": 128}),
+        ("--draft-tokens", "K", "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the "
+         "default)", {"type": draft_lengths, "default": ["auto"]}),
+        ("--temperature", "T", "draw tokens; 0, the default, takes the likeliest", {"type": temperature, "default": 0.0}),
+        ("--top-k", "N", "draw from the N likeliest tokens only (default: 0, from all)", {"type": count, "default": 0}),
+        ("--top-p", "P", "draw from the likeliest that together have probability P", {"type": share, "default": 1.0}),
+        ("--seed", "S", "of the random numbers (default: 0)", {"type": number(int, 0, 2**40), "default": 0}),
+        ("--compile", None, "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)",
+         {"choices": ["auto", "on", "off"], "default": "auto"}),
+        ("--compare", None, "also measure its own generate(), alone and assisted", {"choices": ["transformers"]}),
+        ("--device", "NAME", "cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)", {"default": "auto"}),
+        ("--dtype", None, "default: bfloat16 on an accelerator, float32 on a CPU",
+         {"choices": dtypes, "default": "auto"}),
+        ("--device-map", None, "spread the main model over all devices, the CPU and the disk", {"choices": ["auto"]}),
+        ("--max-memory", "SIZE", "with --device-map: what of it the first device takes at most, e.g. 10GB", {}),
+        ("--repeats", "N", "runs of each method; the median counts (default: 1)", {"type": least_one, "default": 1}),
+        ("--warmup", "N", "runs of each method before any counts (default: 1)", {"type": count, "default": 1}),
+        ("--ignore-eos", None, "write exactly N tokens, also behind the end of a text", {}),
+        ("--no-chat-template", None, "feed the prompts as they are", {}),
+        ("--show-text", None, "print what was written, each token by where it comes from", {}),
+        ("--json", "FILE", "write all that was measured", {}),
+        ("--svg", "FILE", "write the report as a picture", {}),
+    ]:  # fmt: skip
+        flag = {} if metavar or settings else {"action": "store_true"}
+        parser.add_argument(name, help=about, **settings, **flag, **({"metavar": metavar} if metavar else {}))
+    parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
     options = parser.parse_args(arguments)
-    if options.demo and (options.main or options.draft):
+    if options.demo and (options.main or options.draft not in (None, "ngram")):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
+    if options.max_memory and not options.device_map:
+        parser.error("--max-memory says how --device-map auto spreads the main model: add that")
+    try:
+        accelerate.utils.convert_file_size_to_int(options.max_memory or "1GB")
+    except ValueError:
+        parser.error(f"--max-memory {options.max_memory}: write a size such as 10GB or 500MB")
     return options
 
 
 def settle(options: argparse.Namespace, device: torch.device) -> str | None:
     """Replace every default that depends on the machine by the value in force; return what the user must be told."""
     notice = None
-    if options.demo or (device.type == "cpu" and not options.main and not options.draft):
+    if options.demo or (device.type == "cpu" and not options.main and options.draft in (None, "ngram")):
         why = "" if options.demo else "No GPU in use: "
         notice = f"{why}this is the bundled pair of tiny models. Its speed says nothing about Gemma's."
         if not (BUNDLED / "main").is_dir():
@@ -1073,51 +1531,17 @@ def settle(options: argparse.Namespace, device: torch.device) -> str | None:
                 f"the bundled pair is not in {BUNDLED}: clone the whole project, or name --main and --draft"
             )
         options.demo = True
-        options.main, options.draft = (os.path.relpath(BUNDLED / name) for name in ("main", "draft"))
+        options.main = os.path.relpath(BUNDLED / "main")
+        options.draft = options.draft or os.path.relpath(BUNDLED / "draft")
     options.main = options.main or DEFAULT_MAIN
     options.draft = options.draft or DEFAULT_DRAFT
     options.prompts = options.prompts or os.path.relpath((BUNDLED if options.demo else HERE) / "prompts.txt")
     options.device = str(device)
     if options.compile == "auto":
-        options.compile = "on" if device.type == "cuda" else "off"
+        options.compile = "on" if device.type == "cuda" and not options.device_map else "off"
     if options.dtype == "auto":
         options.dtype = "float32" if device.type == "cpu" else "bfloat16"
     return notice
-
-
-def describe(
-    console: Console,
-    options: argparse.Namespace,
-    environment: dict,
-    main: CachedModel,
-    draft: CachedModel,
-    prompts: int,
-) -> None:
-    """Print what is about to run."""
-    console.print("Speculative decoding: does the draft pay?", style="bold")
-    models = Table.grid(padding=(0, 2, 0, 0))
-    for role, name, cached in (("main", options.main, main), ("draft", options.draft, draft)):
-        millions, layers = cached.model.num_parameters() / 1e6, cached.model.config.get_text_config().num_hidden_layers
-        size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
-        models.add_row(f"  {role}", plain(name), f"{size} parameters, {layers} layer{'s' * (layers != 1)}")
-    console.print(models)
-    threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
-    compiled = "compiled" if options.compile == "on" else "eager"
-    console.print(
-        f"  {environment['device']} ({plain(environment['device_name'])}{threads}), {environment['dtype']}, "
-        f"K = {', '.join(map(str, options.draft_tokens))}, {compiled}, up to {options.max_new_tokens} new tokens, {prompts} prompts"
-    )
-
-
-def load_pair(options: argparse.Namespace, device: torch.device, console: Console):
-    """The two models, ready to decode, and their tokenizer. Raises CannotRun."""
-    models = []
-    for name in (options.main, options.draft):
-        console.print(f"Loading {plain(name)} …", style="dim")
-        models.append(load_model(name, device, getattr(torch, options.dtype)))
-    tokenizer = load_tokenizer(options.main, options.draft)
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
-    return *[CachedModel(model, vocabulary) for model in models], tokenizer
 
 
 def longest(options: argparse.Namespace) -> int:
@@ -1125,77 +1549,199 @@ def longest(options: argparse.Namespace) -> int:
     return max(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)
 
 
-def encode_all(options: argparse.Namespace, prompts: list[str], tokenizer, context: float) -> list[Tensor]:
-    """The token ids of all prompts, each [1, n]. Raises CannotRun for one that does not fit into the context."""
+def encode_all(
+    options: argparse.Namespace, prompts: list[Prompt], tokenizer, context: float, device: torch.device
+) -> tuple[list[Prompt], str | None]:
+    """The prompts that fit into the context, with their ids; and what must be said of the others. Raises CannotRun."""
     chat = not options.no_chat_template and tokenizer.chat_template is not None
-    encoded = [encode(tokenizer, prompt, chat) for prompt in prompts]
     room = options.max_new_tokens + longest(options) - 1  # the last round may draft beyond the last new token
-    for number, ids in enumerate(encoded, 1):
+    fitting, lengths = [], []
+    for prompt in prompts:
+        ids = encode(tokenizer, prompt.text, chat)
         if not ids:
-            raise CannotRun(f"prompt {number} of {options.prompts} comes to no tokens; leave it out")
-        if len(ids) + room > context:
-            raise CannotRun(
-                f"prompt {number} of {options.prompts} has {len(ids)} tokens; {room} more for the output and a last "
-                f"draft exceed the models' context of {context} tokens: lower --max-new-tokens, or shorten the prompt"
-            )
-    return [torch.tensor([ids], dtype=torch.long) for ids in encoded]
+            raise CannotRun(f"prompt {prompt.number} of {options.prompts} comes to no tokens; leave it out")
+        lengths.append(len(ids))
+        if len(ids) + room <= context:
+            fitting.append(dataclasses.replace(prompt, ids=torch.tensor([ids], device=device)))
+    if len(fitting) == len(prompts):
+        return fitting, None
+    too_long = (
+        f"{len(prompts) - len(fitting)} of {len(prompts)} prompts of {options.prompts} are too long: with {room} tokens "
+        f"for the output and a last draft they exceed the models' context of {context} (the longest has {max(lengths)})"
+    )
+    if not fitting:
+        raise CannotRun(f"{too_long}: lower --max-new-tokens, or shorten the prompts")
+    return fitting, f"{too_long}: left out"
 
 
-def compile_pair(options: argparse.Namespace, main: CachedModel, draft: CachedModel, longest_prompt: int) -> None:
+def load_pair(options: argparse.Namespace, device: torch.device, scratch: str, errors: Console) -> tuple:
+    """The main model, the draft, the rule by which tokens are chosen, the tokenizer, and the prompts that fit.
+
+    Asks for all that is small first: a pair that cannot run is refused before its weights are read. `scratch`: a folder
+    for weights that are offloaded to the disk. Raises CannotRun.
+    """
+    dtype = getattr(torch, options.dtype)
+    names = {"main": options.main} | ({} if options.draft == "ngram" else {"draft": options.draft})
+    prompts = read_prompts(options.prompts, options.limit)
+    configs = {role: load_config(name) for role, name in names.items()}
+    tokenizer = load_tokenizer(list(names.values()))
+    prompts, left_out = encode_all(options, prompts, tokenizer, min(map(context_length, configs.values())), device)
+    if left_out:
+        errors.print(f"warning: {left_out}")
+    vocabulary = min(config.get_text_config().vocab_size for config in configs.values())
+    if max(prompt.ids.max().item() for prompt in prompts) >= vocabulary:
+        raise CannotRun(f"the tokenizer of {options.main} has tokens that the models do not know; fetch them anew")
+
+    placement = dict.fromkeys(names, {"device_map": device})
+    if options.device_map:
+        limits = accelerate.utils.get_max_memory()
+        first = device.type if device.type in limits else device.index or 0
+        limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(options.max_memory or "1PB"))
+        placement["main"] = {"device_map": options.device_map, "max_memory": limits, "offload_folder": scratch}
+    else:
+        tokens = max(prompt.ids.shape[1] for prompt in prompts) + options.max_new_tokens + longest(options)
+        check_memory({f"{role} {name}": configs[role] for role, name in names.items()}, dtype, device, tokens)
+    models = {}
+    for role in reversed(names):  # the draft first: it wants one device for itself
+        errors.print(f"Loading {plain(names[role])} …", style="dim")
+        model = load_model(names[role], configs[role], dtype, **placement[role])
+        models[role] = CachedModel(model, vocabulary, device)
+    rule = Greedy()
+    if options.temperature:
+        rule = Sampling(options.temperature, options.top_k, options.top_p, options.seed, device)
+    draft = ModelDraft(models["draft"], rule) if "draft" in models else NgramDraft(device)
+    return models["main"], draft, rule, tokenizer, prompts
+
+
+def compile_pair(options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int) -> None:
     """Compile the steps of both models, for the numbers of tokens that come up. Raises what the compiler raises."""
     capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
     widths = {1, *(LONGEST_AUTO + 1 if length == "auto" else length + 1 for length in options.draft_tokens)}
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one step, several widths
-    main.compile(capacity, {"next_token": {1}, "verify": widths})
-    draft.compile(capacity, {"guess": {1, 2}})
+    main.compile(capacity, [(rule.next_token, 1, {1}), (rule.judge, 0, widths)], rule.uniform(1))
+    if isinstance(draft, ModelDraft):
+        draft.model.compile(capacity, [(rule.guess, 1, {1, 2})], rule.uniform(1))
 
 
 def choose_methods(
-    options: argparse.Namespace, main: CachedModel, draft: CachedModel, first_prompt: Tensor
-) -> tuple[dict[str, Callable], dict[str, dict]]:
+    options: argparse.Namespace, main: CachedModel, draft: ModelDraft | NgramDraft, rule: Greedy, prompt_ids: Tensor
+) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict]]:
     """What to measure: the methods by name, the baseline first, and for each but that its part of the JSON, empty yet."""
     limits = (options.max_new_tokens, set() if options.ignore_eos else end_tokens(main.model))
-    methods, parts = {"baseline": lambda ids: greedy_decode(main, ids, *limits)}, {}
+
+    def method(decode: Callable, *settings) -> Callable[[Prompt], Decoded]:
+        return lambda prompt: decode(main, *settings, prompt.ids, *limits, prompt.number)
+
+    methods, parts = {"baseline": method(decode_alone, rule)}, {}
     for length in options.draft_tokens:
-        name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None}
+        name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
         chooser = None if length == "auto" else FixedLength(length)
         if length == "auto":
-            costs = measure_costs(main, draft, first_prompt, LONGEST_AUTO)
-            chooser, part["costs"] = AutoLength(LONGEST_AUTO, costs), dataclasses.asdict(costs)
-        methods[name] = lambda ids, chooser=chooser: speculative_decode(main, draft, ids, *limits, chooser)
-        parts[name] = part
+            costs = measure_costs(main, getattr(draft, "model", None), rule, prompt_ids, LONGEST_AUTO)
+            chooser, part["costs"] = AutoLength(LONGEST_AUTO, costs), costs
+        methods[name], parts[name] = method(decode_speculatively, draft, rule, chooser), part
     if options.compare:
-        alone = "transformers generate()"
-        methods[alone] = lambda ids: transformers_decode(main, None, ids, *limits)
-        parts[alone] = {"method": alone, "draft_tokens": None, "prompts": [], "summary": None}
+        others = {"transformers generate()": (None, None)}
         for length in options.draft_tokens:
-            assisted = f"transformers assisted, K = {length}"
+            others[f"transformers assisted, K = {length}"] = (draft, length)
+        for name, (helper, length) in others.items():
             k = None if length == "auto" else length
-            methods[assisted] = lambda ids, k=k: transformers_decode(main, draft, ids, *limits, k)
-            parts[assisted] = {"method": assisted, "draft_tokens": length, "prompts": [], "summary": None}
+            methods[name] = method(decode_by_transformers, helper, rule, k)
+            parts[name] = {"method": name, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
     return methods, parts
 
 
-def run(options: argparse.Namespace) -> int:
-    """Do what the options ask for; return the exit status."""
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False)
-    errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    device = choose_device(options.device)
+def add_results(
+    parts: dict[str, dict], done: list[tuple[Prompt, dict[str, Measured]]], prompt: Prompt, results, tokenizer, options
+) -> None:
+    """Add to each method's part of the JSON what became of a prompt, and bring its summaries up to date."""
+    sampled = bool(options.temperature)
+    if isinstance(results, str):
+        nothing = dict.fromkeys(("baseline", "speculative", "speedup_percent", "identical", "divergence"))
+        for part in parts.values():
+            part["prompts"].append(describe_prompt(prompt) | nothing | {"error": results})
+        return
+    done.append((prompt, results))
+    for name, part in parts.items():
+        key = "compared" if "method" in part else "speculative"
+        report = report_prompt(prompt, results["baseline"], results[name], key, sampled, tokenizer)
+        part["prompts"].append(report)
+
+        def summary(of: list, key=key, name=name) -> dict:
+            both = [[results[method] for _, results in of] for method in ("baseline", name)]
+            return summarise(*both, key, sampled, options.draft != "ngram")
+
+        part["summary"] = summary(done)
+        if prompt.category is not None:
+            part["categories"][prompt.category] = summary([one for one in done if one[0].category == prompt.category])
+
+
+def describe(console: Console, options: argparse.Namespace, environment: dict, models: list[CachedModel], prompts: int):
+    """Print what is about to run."""
+    console.print("Speculative decoding: does the draft pay?", style="bold")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for role, name, cached in zip(("main", "draft"), (options.main, options.draft), models, strict=False):
+        millions, layers = cached.model.num_parameters() / 1e6, cached.model.config.get_text_config().num_hidden_layers
+        size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
+        table.add_row(f"  {role}", plain(name), f"{size} parameters, {layers} layer{'s' * (layers != 1)}")
+    if len(models) == 1:
+        table.add_row("  draft", "ngram", "no model: what followed the same tokens before")
+    console.print(table)
+    threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
+    processes = f" in each of {environment['processes']} processes" if environment["processes"] > 1 else ""
+    facts = [
+        f"{environment['device']} ({plain(environment['device_name'])}{threads}){processes}",
+        environment["dtype"],
+        "compiled" if options.compile == "on" else "eager",
+        f"K = {', '.join(map(str, options.draft_tokens))}",
+        f"up to {options.max_new_tokens} new tokens",
+        f"{prompts} prompt{'s' * (prompts != 1)}",
+    ]
+    if options.temperature:
+        facts.insert(3, f"temperature {options.temperature:g}, top-k {options.top_k or 'off'}, top-p {options.top_p:g}")
+        facts.insert(4, "log-likelihoods at temperature 1")
+    console.print("  " + ", ".join(facts))
+
+
+def print_result(console: Console, parts: dict[str, dict]) -> None:
+    """Print the averages, what compares draft lengths and categories, and the result in words."""
+    ours = [part for part in parts.values() if "method" not in part]
+    print_reports(console, "", "mean", {name: part["summary"] for name, part in parts.items()})
+    console.print()
+    if categories := best_run(ours)["categories"]:
+        print_summaries(console, "By category", categories | {"all": best_run(ours)["summary"]})
+        console.print()
+    if len(ours) > 1:
+        print_summaries(console, "By draft length", {f"K = {run['draft_tokens']}": run["summary"] for run in ours})
+        console.print()
+        print_chart(console, ours)
+        console.print()
+    for line in in_words(ours, [part for part in parts.values() if "method" in part]):
+        console.print(line)
+
+
+def run(options: argparse.Namespace, scratch: str) -> int:
+    """Do what the options ask for, with a folder for passing needs; return the exit status."""
+    # One process, or one of several that torchrun or `accelerate launch` started: the prompts are dealt out to them.
+    world = accelerate.PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
+    quiet = not world.is_main_process
+    width = None if sys.stdout.isatty() else 120
+    plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": quiet}
+    console, errors = Console(width=width, record=bool(options.svg), **plainly), Console(stderr=True, **plainly)
+    device = choose_device(options.device, world)
     if notice := settle(options, device):
         console.print(notice)
-    prompts = read_prompts(options.prompts)
-    main, draft, tokenizer = load_pair(options, device, errors)
-    context = min(context_length(main.model), context_length(draft.model))
-    prompts_ids = [ids.to(device) for ids in encode_all(options, prompts, tokenizer, context)]
+    main, draft, rule, tokenizer, prompts = load_pair(options, device, scratch, errors)
     if options.compile == "on":
         errors.print("Compiling …", style="dim")
         start = time.perf_counter()
         try:
-            compile_pair(options, main, draft, max(ids.shape[1] for ids in prompts_ids))
+            compile_pair(options, main, draft, rule, max(prompt.ids.shape[1] for prompt in prompts))
         except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
             errors.print(f"warning: compiling failed, running eagerly: {first_line(error)}")
             options.compile = "off"
-            main, draft = (CachedModel(cached.model, cached.vocabulary) for cached in (main, draft))
+            main = CachedModel(main.model, main.vocabulary, device)
+            if isinstance(draft, ModelDraft):
+                draft = ModelDraft(CachedModel(draft.model.model, main.vocabulary, device), rule)
         options.compile_s = time.perf_counter() - start
 
     environment = {
@@ -1203,77 +1749,85 @@ def run(options: argparse.Namespace) -> int:
         "device_name": device_name(device),
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
+        "processes": world.num_processes,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    methods, parts = choose_methods(options, main, draft, prompts_ids[0])
+    methods, parts = choose_methods(options, main, draft, rule, prompts[0].ids)
     ours = [part for part in parts.values() if "method" not in part]
-    others = [part for part in parts.values() if "method" in part]
-    report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": others}
-    if options.json:
-        write_json(options.json, report)  # better to fail now than when all is measured
-    describe(console, options, environment, main, draft, len(prompts))
+    compared = [part for part in parts.values() if "method" in part]
+    report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": compared}
+
+    def save() -> None:
+        if options.json and world.is_main_process:
+            write_json(options.json, report)
+
+    save()  # better to fail now than when all is measured
+    describe(console, options, environment, [main, *filter(None, [getattr(draft, "model", None)])], len(prompts))
     print_headings(console)
 
     # A bar that redraws itself would take time from what is timed: this one is drawn between the runs only.
+    columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
+    shown = errors.is_terminal and not quiet
     bar = Progress(
-        *(TextColumn("{task.description}"), BarColumn(20)),
-        console=errors,
-        transient=True,
-        auto_refresh=False,
-        disable=not errors.is_terminal,
+        *columns, console=errors, transient=True, auto_refresh=False, disable=not shown, speed_estimate_period=1e6
     )
-    task = bar.add_task("", total=len(prompts))
+    mine = prompts[world.process_index :: world.num_processes]
+    task = bar.add_task("", total=len(methods) * (options.warmup + options.repeats * len(mine)) + 1)
 
-    def announce(index: int, what: str) -> None:
+    def announce(prompt: Prompt, what: str) -> None:
+        known = ours[0]["summary"]
+        rate = f", {figure(known['speculative']['tokens_per_s'])} tokens/s so far" if known else ""
         bar.start()
-        bar.update(task, description=f"{what}, prompt {index + 1} of {len(prompts)}", completed=index, refresh=True)
+        bar.update(task, description=f"prompt {prompt.number}: {what}{rate}", advance=1, refresh=True)
 
-    done, failure = [], None
+    done, failed, stopped = [], [], None
     try:
-        for results in measure(main, prompts_ids, methods, options.repeats, options.warmup, announce):
+        results = measure(main, mine, methods, options.repeats, options.warmup, not options.temperature, announce)
+        for first in range(0, len(prompts), world.num_processes):
+            everyones = accelerate.utils.gather_object([next(results, None)])
             bar.stop()
-            prompt, tokens = prompts[len(done)], prompts_ids[len(done)].shape[1]
-            done.append(results)
-            baselines = [results["baseline"][0] for results in done]
-            for name, part in parts.items():
-                key = "compared" if "method" in part else "speculative"
-                run, divergence = results[name]
-                part["prompts"].append(report_prompt(prompt, tokens, baselines[-1], run, divergence, tokenizer, key))
-                part["summary"] = summarise(baselines, *zip(*[results[name] for results in done]), key)
-            if options.json:
-                write_json(options.json, report)
-            latest = {name: part["prompts"][-1] for name, part in parts.items()}
-            print_reports(console, str(len(done)), prompt, latest)
-    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        failure = error  # and on: what was measured so far is reported all the same
+            for prompt, result in zip(prompts[first:], everyones, strict=False):
+                add_results(parts, done, prompt, result, tokenizer, options)
+                failed += [result] if isinstance(result, str) else []
+                latest = {name: part["prompts"][-1] for name, part in parts.items()}
+                print_reports(console, str(prompt.number), prompt.text, latest)
+                if options.show_text and not isinstance(result, str):
+                    print_text(console, tokenizer, result[next(iter(parts))].run)
+            save()
+    except (KeyboardInterrupt, CannotRun, RuntimeError) as error:
+        stopped = error  # and on: what was measured so far is reported all the same
     finally:
         bar.stop()
 
     if done:
-        print_reports(console, "", "mean", {name: part["summary"] for name, part in parts.items()})
-        console.print()
-        if len(ours) > 1:
-            print_lengths(console, ours)
-            console.print()
-        for line in in_words(ours, others):
-            console.print(line)
-    if isinstance(failure, KeyboardInterrupt):
-        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
+        print_result(console, parts)
+    if options.svg and done and world.is_main_process:
+        try:
+            console.save_svg(options.svg, title="speculative_decoding.py")
+        except OSError as error:
+            raise CannotRun(f"cannot write {options.svg}: {error.strerror}; name another file with --svg") from error
+    if isinstance(stopped, KeyboardInterrupt):
+        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts: this is a part of the result.")
         return 130
-    if failure:
-        raise CannotRun(f"out of memory at prompt {len(done) + 1}: lower --max-new-tokens, or take a smaller pair")
-    return 1 if any(part["summary"]["mismatches"] for part in ours) else 0
+    if stopped:
+        lost = f"another process of this run has ended ({first_line(stopped)}): see what it said, and start again"
+        raise stopped if isinstance(stopped, CannotRun) else CannotRun(lost)
+    if not done:
+        raise CannotRun(f"no prompt could be decoded ({failed[0]}): lower --max-new-tokens, or take a smaller pair")
+    return 1 if failed or any(part["summary"]["mismatches"] for part in ours) else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program; returns its exit status (0 well, 1 some output is not the main model's own, 2 could not, 130 Ctrl-C)."""
+    """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
     options = parse_options(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, it reports as after Ctrl-C
     try:
-        return run(options)
+        with tempfile.TemporaryDirectory(prefix="speculative-decoding-") as scratch:
+            return run(options, scratch)
     except CannotRun as error:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2

@@ -10,6 +10,9 @@ import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # small models gain nothing from more, and the tests run in two processes
+
+import speculative_decoding as sd  # noqa: E402
 
 VOCABULARY = 61
 SHAPE = {
@@ -97,6 +100,30 @@ def always_wrong(model):
     head = draft.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().roll(1, dims=0))
     return draft
+
+
+def ids_of(tokens):
+    """A prompt as the program has it: [1, n]."""
+    return torch.tensor([list(tokens)])
+
+
+def alone(model, prompt, new=32, end=frozenset(), rule=None, number=0):
+    """The baseline's output for a prompt; `model`: the library's, or one with a cache."""
+    model = model if isinstance(model, sd.CachedModel) else sd.CachedModel(model)
+    return sd.decode_alone(model, rule or sd.Greedy(), ids_of(prompt), new, end, number)
+
+
+def speculate(
+    main, draft, prompt, length, new=32, end=frozenset(), rule=None, number=0, decode=sd.decode_speculatively
+):
+    """Speculative decoding; `draft`: a model of either kind or "ngram"; `length`: a number, or what chooses it."""
+    rule = rule or sd.Greedy()
+    main, draft = (
+        model if isinstance(model, sd.CachedModel | str) else sd.CachedModel(model) for model in (main, draft)
+    )
+    helper = sd.NgramDraft(main.device) if draft == "ngram" else sd.ModelDraft(draft, rule)
+    length = sd.FixedLength(length) if isinstance(length, int) else length
+    return decode(main, helper, rule, length, ids_of(prompt), new, end, number)
 
 
 @pytest.fixture(scope="session")

@@ -1,34 +1,58 @@
 """Compiled decoding on the CPU: the same tokens, and nothing is compiled anew once all steps are."""
 
+import functools
+
 import pytest
 import torch
-from conftest import ROOT, like, make_model
+from conftest import alone, like, make_model, speculate
 
 import speculative_decoding as sd
 
-PROMPTS = [[5, 9, 13, 2, 40], [3], [7, 8], list(range(1, 31)), [11] * 12]
+PROMPTS = [[5, 9, 13, 2, 40], [3], [7, 8], list(range(1, 31)), [11] * 12]  # of 1 to 30 tokens: a window is 8 long
 NEW = 20
 
 
-def test_compiled_is_exact_and_never_compiles_again():
-    """A model with sliding windows of 8 tokens, prompts of 1 to 30, and every kind of step."""
+def compiled(model, rule, *steps):
+    cached = sd.CachedModel(model)
+    cached.compile(max(map(len, PROMPTS)) + NEW + 5, [step for step in steps], rule.uniform(1))
+    return cached
+
+
+def compiled_pair(rule):
     model = make_model("gemma2")
-    eager, draft_model = sd.CachedModel(model), like(model, 0.05)
-    main, draft = sd.CachedModel(model), sd.CachedModel(draft_model)
-    main.compile(max(map(len, PROMPTS)) + NEW + 5, {"next_token": {1}, "verify": {1, 5}})
-    draft.compile(max(map(len, PROMPTS)) + NEW + 5, {"guess": {1, 2}})
+    main = compiled(model, rule, (rule.next_token, 1, {1}), (rule.judge, 0, {1, 5}))
+    return model, like(model, 0.05), main, compiled(like(model, 0.05), rule, (rule.guess, 1, {1, 2}))
+
+
+def test_compiled_is_exact_and_never_compiles_again():
+    """By the real compiler: sliding windows, prompts of 1 to 30 tokens, and every kind of step."""
+    rule = sd.Greedy()
+    model, draft_model, main, draft = compiled_pair(rule)
     storage = [layer.keys.data_ptr() for layer in main.cache.layers]
-    chooser = sd.AutoLength(4, sd.Costs({1: 0.1, 2: 0.1}, {1: 1.0, 5: 1.2}))
+    chooser = sd.AutoLength(4, {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 5: 1.2}})
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in PROMPTS:
-            ids = torch.tensor([prompt])
-            expected = sd.greedy_decode(eager, ids, NEW, set()).token_ids
-            assert sd.greedy_decode(main, ids, NEW, set()).token_ids == expected
-            fixed = sd.speculative_decode(main, draft, ids, NEW, set(), sd.FixedLength(4))
-            padded = sd.speculative_decode(main, draft, ids, NEW, set(), sd.FixedLength(2))
-            auto = sd.speculative_decode(main, draft, ids, NEW, set(), chooser)
+            expected = alone(model, prompt, NEW).token_ids
+            assert alone(main, prompt, NEW).token_ids == expected
+            fixed, padded, auto = (speculate(main, draft, prompt, length, NEW) for length in (4, 2, chooser))
             assert fixed.token_ids == padded.token_ids == auto.token_ids == expected
-            reference = sd.speculative_decode(eager, sd.CachedModel(draft_model), ids, NEW, set(), sd.FixedLength(2))
+            reference = speculate(model, draft_model, prompt, 2, NEW)
             assert padded.rounds == reference.rounds
             assert padded.log_likelihood == pytest.approx(reference.log_likelihood, rel=1e-4)
     assert storage == [layer.keys.data_ptr() for layer in main.cache.layers]  # no new storage between prompts
+
+
+def test_drawing_can_be_compiled_too(monkeypatch):
+    """The same draws as eagerly, with the graphs as they are traced, run by Python: quicker to make."""
+    trace = functools.partial(torch.compile, backend="eager", dynamic=False, isolate_recompiles=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: trace(function, fullgraph=True))
+    rule = sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
+    model, draft_model, main, draft = compiled_pair(rule)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number, prompt in enumerate(PROMPTS):
+            for k in (4, 2):
+                expected = speculate(model, draft_model, prompt, k, NEW, rule=rule, number=number)
+                result = speculate(main, draft, prompt, k, NEW, rule=rule, number=number)
+                assert (result.token_ids, result.rounds) == (expected.token_ids, expected.rounds)
+            baseline = alone(main, prompt, NEW, rule=rule, number=number).token_ids
+            assert baseline == alone(model, prompt, NEW, rule=rule, number=number).token_ids

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, always_wrong, like, make_model
+from conftest import FAMILIES, VOCABULARY, alone, always_wrong, ids_of, like, make_model, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,36 +13,44 @@ import speculative_decoding as sd
 PROMPT = [5, 9, 13, 2, 40]
 
 
-def ids_of(tokens):
-    return torch.tensor([tokens])
-
-
-def greedy(model, prompt, new=32, end=frozenset()):
-    return sd.greedy_decode(sd.CachedModel(model), ids_of(prompt), new, end)
-
-
 class Watched(sd.CachedModel):
-    """Notes how many tokens it has read whenever a round ends."""
+    """Notes how many tokens it has read whenever a round ends, and how many it reads in each pass."""
 
     def new_text(self, rolls_back=True):
         super().new_text(rolls_back)
-        self.noted = []
+        self.noted, self.passes = [], []
+
+    def read(self, ids, last=0):
+        self.passes.append(ids.shape[1])
+        return super().read(ids, last)
 
     def roll_back(self, tokens):
         super().roll_back(tokens)
         self.noted.append(self.cache.get_seq_length())
 
 
+class Main(Watched):
+    """A main model, whose verifying pass rolls back nothing when it runs eagerly."""
+
+    def verify(self, judge, ids):
+        result = super().verify(judge, ids)
+        self.noted.pop()
+        return result
+
+
 def check(main, draft, prompt, new, end, k):
-    """Decode speculatively; assert that the text is the baseline's, and the invariant after every round."""
-    watched, draft = Watched(main), Watched(draft)
-    result = sd.speculative_decode(watched, draft, ids_of(prompt), new, end, sd.FixedLength(k))
-    assert result.token_ids == greedy(main, prompt, new, end).token_ids
+    """Decode speculatively; assert that the text is the baseline's, the invariant after every round, and the shapes."""
+    watched, helper = Main(main), Watched(draft)
+    result = speculate(watched, helper, prompt, k, new, end)
+    assert result.token_ids == alone(main, prompt, new, end).token_ids
     text = len(prompt) + 1
-    for (drafted, accepted), main_length, draft_length in zip(result.rounds, watched.noted, draft.noted, strict=True):
+    for (drafted, accepted), main_length, draft_length in zip(result.rounds, watched.noted, helper.noted, strict=True):
         assert drafted == k and 0 <= accepted <= k
         text += accepted + 1
         assert (main_length, draft_length) == (text - 1, text - 2)
+    rounds, prefill = len(result.rounds), [len(prompt) - 1] if len(prompt) > 1 else []
+    assert watched.passes == [len(prompt)] + [k + 1] * rounds
+    assert helper.passes == prefill + ([2] + [1] * (k - 1)) * rounds
     return result
 
 
@@ -50,7 +58,7 @@ def check(main, draft, prompt, new, end, k):
 def test_every_family_is_exact_and_agrees_with_generate(family):
     main = make_model(family)
     expected = main.generate(ids_of(PROMPT), max_new_tokens=32, do_sample=False, pad_token_id=0)[0, len(PROMPT) :]
-    assert greedy(main, PROMPT).token_ids == expected.tolist()
+    assert alone(main, PROMPT).token_ids == expected.tolist()
     assert len(set(expected.tolist())) > 1  # a varied text, or the test says little
     for k in (1, 3, 8):
         check(main, like(main, 0.05), PROMPT, 32, set(), k)
@@ -85,7 +93,7 @@ def test_exact_for_any_prompt_limit_end_and_draft_length(pair, prompt, new, end,
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_the_end_of_text_at_every_place_of_a_round(gemma2, noise, k):
     draft = like(gemma2, noise)
-    whole = greedy(gemma2, PROMPT, 24).token_ids
+    whole = alone(gemma2, PROMPT, 24).token_ids
     places = set()
     for index in range(24):
         if whole[index] in whole[:index]:
@@ -102,7 +110,7 @@ def test_the_end_of_text_at_every_place_of_a_round(gemma2, noise, k):
 
 
 def test_the_limit_cuts_a_round_anywhere(gemma2):
-    whole = greedy(gemma2, PROMPT, 24).token_ids
+    whole = alone(gemma2, PROMPT, 24).token_ids
     for new in range(1, 24):
         assert check(gemma2, gemma2, PROMPT, new, set(), 4).token_ids == whole[:new]
 
@@ -115,17 +123,15 @@ def test_a_prompt_of_one_token(llama):
 def test_the_models_can_be_used_again_for_another_text(gemma2):
     main, draft = sd.CachedModel(gemma2), sd.CachedModel(like(gemma2, 0.05))
     for prompt in (PROMPT, [3], PROMPT * 4, PROMPT):
-        result = sd.speculative_decode(main, draft, ids_of(prompt), 20, set(), sd.FixedLength(3))
-        assert result.token_ids == greedy(gemma2, prompt, 20).token_ids
+        assert speculate(main, draft, prompt, 3, 20).token_ids == alone(gemma2, prompt, 20).token_ids
 
 
 def test_only_the_shared_vocabulary_is_ever_chosen(gemma2):
-    whole = greedy(gemma2, PROMPT).token_ids
-    cut = max(whole)  # this token can no longer be written
+    cut = max(alone(gemma2, PROMPT).token_ids)  # this token can no longer be written
     main, draft = sd.CachedModel(gemma2, cut), sd.CachedModel(like(gemma2, 0.05), cut)
-    result = sd.speculative_decode(main, draft, ids_of(PROMPT), 32, set(), sd.FixedLength(3))
+    result = speculate(main, draft, PROMPT, 3)
     assert max(result.token_ids) < cut
-    assert result.token_ids == sd.greedy_decode(main, ids_of(PROMPT), 32, set()).token_ids
+    assert result.token_ids == alone(main, PROMPT).token_ids
 
 
 # Every figure, by an independent reference: no cache, each logit from a pass over the whole text.
@@ -166,12 +172,10 @@ def reference(main, draft, prompt, new, end, k):
 def test_every_figure_against_a_cacheless_reference(family, noise, k):
     main = make_model(family)
     draft = like(main, noise)
-    whole = greedy(main, PROMPT, 29).token_ids
+    whole = alone(main, PROMPT, 29).token_ids
     end = {max(whole, key=whole.index)}  # the one that comes latest
     tokens, rounds, log_likelihood = reference(main, draft, PROMPT, 29, end, k)
-    result = sd.speculative_decode(
-        sd.CachedModel(main), sd.CachedModel(draft), ids_of(PROMPT), 29, end, sd.FixedLength(k)
-    )
+    result = speculate(main, draft, PROMPT, k, 29, end)
     assert (result.token_ids, result.rounds) == (tokens, rounds)
     assert result.log_likelihood == pytest.approx(log_likelihood, rel=1e-4)
 
@@ -190,13 +194,15 @@ def test_every_figure_against_a_cacheless_reference(family, noise, k):
 
 
 def run_of(tokens, latency, first, rounds=(), prefill_s=0.0, draft_s=0.0, verify_s=0.0):
-    return sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, prefill_s, draft_s, verify_s)
+    run = sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, prefill_s, draft_s, verify_s)
+    return sd.Measured(run, [latency])
 
 
 def test_the_summary_by_hand():
     baselines = [run_of(21, 2.5, 0.5), run_of(11, 1.5, 0.5)]
     runs = [run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.3, 0.55), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.0, 0.6, 1.1)]
-    summary = sd.summarise(baselines, runs, [None, sd.Divergence(1, 1, 2, 0, 1, "tie")], "speculative")
+    runs[1].divergence = sd.Divergence(1, 1, 2, 0, 1, "tie")
+    summary = sd.summarise(baselines, runs, "speculative")
     counts = summary["speculative"]
     assert summary["baseline"] == {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0}
     assert counts["latency_s"] == 1.5
@@ -211,38 +217,75 @@ def test_the_summary_by_hand():
     assert counts["drafted_per_round"] == 3 and counts["drafted_histogram"] == {"3": 15}
     assert counts["other_s"] == pytest.approx(3.0 - 0.3 - 0.9 - 1.65)
     assert sd.promised_percent(1.0, 3, 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
+    assert summary["speedup_interval_percent"] is None  # one repeat: no claim
 
 
 def test_figures_that_cannot_be_had_are_none(llama):
-    one = sd.speculative_decode(
-        sd.CachedModel(llama), sd.CachedModel(llama), ids_of(PROMPT), 1, set(), sd.FixedLength(3)
-    )
+    one = speculate(llama, llama, PROMPT, 3, 1)
     assert one.rounds == [] and len(one.token_ids) == 1
     figures = sd.acceptance([one])
     assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
-    summary = sd.summarise([greedy(llama, PROMPT, 1)], [one], [None], "speculative")
+    baseline = alone(llama, PROMPT, 1)
+    summary = sd.summarise(*([sd.Measured(run, [run.latency_s])] for run in (baseline, one)), "speculative")
     assert summary["predicted_speedup_percent"] is None
     assert sd.ratio(math.inf, 2) is None
 
 
+def test_the_interval_covers_the_spread_and_little_else():
+    def repeated(latencies, tokens=100):
+        return sd.Measured(sd.Decoded(list(range(tokens)), sorted(latencies)[1]), list(latencies))
+
+    exact = sd.speedup_interval([repeated([2.0, 2.0, 2.0])] * 4, [repeated([1.0, 1.0, 1.0])] * 4)
+    assert exact == pytest.approx([100.0, 100.0])
+    # Two prompts that gain 100 % and 300 %: drawn anew, both may be the one or the other.
+    baselines = [repeated([2.0] * 3), repeated([4.0] * 3)]
+    low, high = sd.speedup_interval(baselines, [repeated([1.0] * 3), repeated([1.0] * 3)])
+    assert (low, high) == pytest.approx((100.0, 300.0))
+    # Repeats that vary by a tenth: the interval lies within what they can give, and is not a point.
+    low, high = sd.speedup_interval([repeated([1.9, 2.0, 2.1])] * 4, [repeated([0.95, 1.0, 1.05])] * 4)
+    assert 100 * (1.9 / 1.05 - 1) <= low < 100 < high <= 100 * (2.1 / 0.95 - 1) and high - low > 3
+
+
+def prompt_of(tokens, number):
+    return sd.Prompt("?", number, ids=ids_of(tokens))
+
+
 def test_methods_take_turns_and_the_median_counts(llama):
-    main, draft = sd.CachedModel(llama), sd.CachedModel(llama)
     latencies = iter([9.0, 9.0, 3.0, 1.0, 2.0, 4.0, 6.0, 5.0, 0.0, 7.0, 8.0, 9.0, 1.0, 2.0])  # of the runs, in order
 
     def timed(run):
         run.latency_s = next(latencies)
         return run
 
+    main, draft = sd.CachedModel(llama), sd.CachedModel(llama)
     methods = {
-        "baseline": lambda ids: timed(sd.greedy_decode(main, ids, 3, set())),
-        "other": lambda ids: timed(sd.speculative_decode(main, draft, ids, 3, set(), sd.FixedLength(2))),
+        "baseline": lambda prompt: timed(alone(main, prompt.ids[0].tolist(), 3)),
+        "other": lambda prompt: timed(speculate(main, draft, prompt.ids[0].tolist(), 2, 3)),
     }
     order = []
-    prompts = [ids_of(PROMPT), ids_of([4])]
-    results = list(sd.measure(main, prompts, methods, 3, 1, lambda index, name: order.append((index, name))))
-    assert order[:2] == [(0, "warm-up, baseline"), (0, "warm-up, other")]
+    prompts = [prompt_of(PROMPT, 1), prompt_of([4], 2)]
+    announce = lambda prompt, name: order.append((prompt.number, name))  # noqa: E731
+    results = list(sd.measure(main, prompts, methods, 3, 1, True, announce))
+    assert order[:2] == [(1, "warm-up, baseline"), (1, "warm-up, other")]
     b, o = "baseline", "other"
-    assert [name for index, name in order[2:] if index == 0] == [b, o, o, b, b, o]
-    assert [name for index, name in order[2:] if index == 1] == [o, b, b, o, o, b]
-    assert [(result[b][0].latency_s, result[o][0].latency_s) for result in results] == [(4.0, 2.0), (7.0, 1.0)]
-    assert all(result[o][1] is None for result in results)
+    assert [name for number, name in order[2:] if number == 1] == [b, o, o, b, b, o]
+    assert [name for number, name in order[2:] if number == 2] == [o, b, b, o, o, b]
+    assert [(r[b].run.latency_s, r[o].run.latency_s) for r in results] == [(4.0, 2.0), (7.0, 1.0)]
+    assert results[0][b].latencies_s == [3.0, 4.0, 6.0] and results[0][o].latencies_s == [1.0, 2.0, 5.0]
+    assert all(result[o].divergence is None for result in results)
+
+
+def test_a_prompt_that_fails_does_not_end_the_rest():
+    """A real model that runs out of memory, as its first layer says, wherever it reads the token 13."""
+    model = make_model("llama")
+
+    def out_of_memory(module, arguments):
+        if (arguments[0] == 13).any():
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    model.get_input_embeddings().register_forward_pre_hook(out_of_memory)
+    main = sd.CachedModel(model)
+    prompts = [prompt_of([1, 2], 1), prompt_of([13, 5], 2), prompt_of([4], 3)]
+    results = list(sd.measure(main, prompts, {"baseline": lambda prompt: alone(main, prompt.ids[0].tolist(), 2)}))
+    assert results[1] == "CUDA out of memory."
+    assert [len(results[place]["baseline"].run.token_ids) for place in (0, 2)] == [2, 2]

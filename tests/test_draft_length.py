@@ -4,19 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import always_wrong, like, make_model
+from conftest import alone, always_wrong, ids_of, like, make_model, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speculative_decoding as sd
 
-PROMPT = torch.tensor([[5, 9, 13, 2, 40]])
-CHEAP = sd.Costs({1: 0.1, 2: 0.1}, {1: 1.0, 2: 1.05, 17: 1.5})  # a draft that costs a tenth of the main model
-DEAR = sd.Costs({1: 1.2, 2: 1.2}, {1: 1.0, 2: 1.05, 17: 1.5})  # one that can never pay
-
-
-def decode(main, draft, chooser, new=64, end=frozenset()):
-    return sd.speculative_decode(sd.CachedModel(main), sd.CachedModel(draft), PROMPT, new, end, chooser)
+PROMPT = [5, 9, 13, 2, 40]
+WIDTHS = {1: 1.0, 2: 1.05, 17: 1.5}
+CHEAP = {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": WIDTHS}  # a draft that costs a tenth of the main model
+DEAR = {"draft_pass_s": {1: 1.2, 2: 1.2}, "main_pass_s": WIDTHS}  # one that can never pay
 
 
 def confidences(*values):
@@ -47,9 +44,8 @@ class Scripted(sd.FixedLength):
 )
 def test_any_sequence_of_lengths_is_exact_none_included(lengths, family, noise):
     main = make_model(family)
-    expected = sd.greedy_decode(sd.CachedModel(main), PROMPT, 24, set()).token_ids
-    result = decode(main, like(main, noise), Scripted(lengths), 24)
-    assert result.token_ids == expected
+    result = speculate(main, like(main, noise), PROMPT, Scripted(lengths), 24)
+    assert result.token_ids == alone(main, PROMPT, 24).token_ids
     assert [drafted for drafted, _ in result.rounds] == [lengths[i % len(lengths)] for i in range(len(result.rounds))]
     if noise == 0:  # a perfect draft stays perfect behind a round without it
         assert all(drafted == accepted for drafted, accepted in result.rounds)
@@ -58,24 +54,24 @@ def test_any_sequence_of_lengths_is_exact_none_included(lengths, family, noise):
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.2])
 def test_auto_is_exact(noise):
     main = make_model("gemma2")
-    expected = sd.greedy_decode(sd.CachedModel(main), PROMPT, 64, set()).token_ids
-    assert decode(main, like(main, noise), sd.AutoLength(16, CHEAP)).token_ids == expected
+    result = speculate(main, like(main, noise), PROMPT, sd.AutoLength(16, CHEAP), 64)
+    assert result.token_ids == alone(main, PROMPT, 64).token_ids
 
 
 def test_auto_drafts_long_with_a_perfect_draft():
     main = make_model("gemma2")
     with torch.no_grad():
         main.get_output_embeddings().weight.mul_(20)  # a model that is sure of itself
-    result = decode(main, main, sd.AutoLength(16, CHEAP), 128)
+    result = speculate(main, main, PROMPT, sd.AutoLength(16, CHEAP), 128)
     assert all(drafted == accepted for drafted, accepted in result.rounds)
     assert max(drafted for drafted, _ in result.rounds) == 16
 
 
 def test_auto_leaves_a_useless_draft_alone_and_probes_it_now_and_then():
     main = make_model("llama")
-    result = decode(main, always_wrong(main), sd.AutoLength(16, CHEAP), 200)
+    result = speculate(main, always_wrong(main), PROMPT, sd.AutoLength(16, CHEAP), 200)
     drafted = [count for count, _ in result.rounds]
-    assert result.token_ids == sd.greedy_decode(sd.CachedModel(main), PROMPT, 200, set()).token_ids
+    assert result.token_ids == alone(main, PROMPT, 200).token_ids
     first = drafted.index(0)
     probes = [i for i, count in enumerate(drafted) if count and i > first]
     assert first < 20 and probes  # it gives up soon, and tries again
@@ -86,7 +82,7 @@ def test_auto_leaves_a_useless_draft_alone_and_probes_it_now_and_then():
 
 def test_auto_never_asks_a_draft_that_cannot_pay():
     main = make_model("llama")
-    result = decode(main, main, sd.AutoLength(16, DEAR), 40)
+    result = speculate(main, main, PROMPT, sd.AutoLength(16, DEAR), 40)
     assert sum(drafted for drafted, _ in result.rounds) <= 3  # the probes
 
 
@@ -108,7 +104,9 @@ def test_auto_takes_up_a_draft_that_has_become_good():
 
 
 def test_the_rule_by_hand():
-    chooser = sd.AutoLength(3, sd.Costs({1: 0.2, 2: 0.3}, {1: 1.0, 4: 1.15}))  # each further token of a pass: 0.05
+    costs = {"draft_pass_s": {1: 0.2, 2: 0.3}, "main_pass_s": {4: 1.15, 1: 1.0}}  # each further token of a pass: 0.05
+    chooser = sd.AutoLength(3, costs)
+    assert chooser.round_s == pytest.approx([1.0, 1.35, 1.6, 1.85])
     assert chooser.alpha == 0.75
     # Fixed lengths at α = 0.75: what a round costs, by the tokens that it yields.
     per_token = [1 / 1, 1.35 / 1.75, 1.6 / 2.3125, 1.85 / 2.734375]
@@ -135,18 +133,14 @@ def test_probabilities_are_put_right_by_what_became_of_them():
     assert chooser.alpha == pytest.approx((0.9 * 6 + 1) / (0.9 * 8 + 2))
 
 
-def test_costs_between_the_measured_ones_are_interpolated():
-    costs = sd.Costs({1: 0.1, 2: 0.3}, {1: 1.0, 2: 1.2, 4: 2.0})
-    assert [costs.main_pass(n) for n in (1, 2, 3, 4)] == pytest.approx([1.0, 1.2, 1.6, 2.0])
-    assert [costs.round(k) for k in range(4)] == pytest.approx([1.0, 1.5, 2.0, 2.5])
-
-
 def test_costs_are_measured_at_the_widths_that_come_up():
     main, draft = sd.CachedModel(make_model("gemma2")), sd.CachedModel(make_model("gemma2"))
-    costs = sd.measure_costs(main, draft, PROMPT, 16)
-    assert set(costs.main_pass_s) == {1, 2, 3, 5, 9, 17} and set(costs.draft_pass_s) == {1, 2}
-    assert all(seconds > 0 for seconds in [*costs.main_pass_s.values(), *costs.draft_pass_s.values()])
-    assert set(sd.measure_costs(main, draft, PROMPT, 4).main_pass_s) == {1, 2, 3, 5}
+    costs = sd.measure_costs(main, draft, sd.Greedy(), ids_of(PROMPT), 16)
+    assert set(costs["main_pass_s"]) == {1, 2, 3, 5, 9, 17} and set(costs["draft_pass_s"]) == {1, 2}
+    assert all(seconds > 0 for times in costs.values() for seconds in times.values())
+    assert set(sd.measure_costs(main, draft, sd.Greedy(), ids_of(PROMPT), 4)["main_pass_s"]) == {1, 2, 3, 5}
+    no_model = sd.measure_costs(main, None, sd.Sampling(0.5), ids_of(PROMPT), 4)
+    assert max(no_model["draft_pass_s"].values()) < min(no_model["main_pass_s"].values())
 
 
 def test_several_lengths_share_one_baseline(tmp_path, capsys):
@@ -171,3 +165,5 @@ def test_several_lengths_share_one_baseline(tmp_path, capsys):
     assert set(costs["draft_pass_s"]) == {"1", "2"} and set(costs["main_pass_s"]) == {"1", "2", "3", "5", "9", "17"}
     assert "By draft length" in printed and "The best draft length was" in printed
     assert "All 6 outputs are the main model's own" in printed
+    bars = [line for line in printed.splitlines() if "█" in line]
+    assert [line.split()[-3] != "measured" for line in bars] and len(bars) == 6  # measured beside predicted, by length
