@@ -43,6 +43,7 @@ import errno
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -1156,8 +1157,9 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
         lines.append("The texts are drawn, so they differ: both methods draw from the main model's own distribution.")
         return lines
     identical = sum(report["identical"] for report, _ in ours)
-    same = f"All {len(ours)}" if identical == len(ours) else f"{identical} of {len(ours)}"
-    lines.append(f"{same} outputs are the main model's own, token for token.")
+    share = "All" if identical == len(ours) else f"{identical} of"
+    same = "The output is" if len(ours) == 1 == identical else f"{share} {len(ours)} outputs are"
+    lines.append(f"{same} the main model's own, token for token.")
     parted = [(report["divergence"], number) for report, number in ours if report["divergence"]]
     parted.sort(key=lambda one: one[0]["kind"])  # the bad news first
     for divergence, number in parted[:10]:
@@ -1179,11 +1181,12 @@ def best_run(runs: list[dict]) -> dict:
 
 def write_json(path: str, report: dict) -> None:
     """Replace the file in one step, so that it is whole at every moment."""
+    temporary = pathlib.Path(path + ".partial")
     try:
-        temporary = pathlib.Path(path + ".partial")
         temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise CannotRun(f"cannot write {path}: {error.strerror}; name another file with --json") from error
 
 
@@ -1340,9 +1343,9 @@ def load_config(name: str) -> transformers.PreTrainedConfig:
 
 def weights_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> float:
     """What a model's weights take, in GB (10^9 bytes), from its configuration alone."""
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(include_buffers=True):  # so nothing at all is allocated
         model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()
+    model.tie_weights()
     return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize / 1e9
 
 
@@ -1443,16 +1446,16 @@ def context_length(config: transformers.PreTrainedConfig) -> float:
 # 9  The command line --------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, least: float, most: float = math.inf, what: str = "") -> Callable[[str], float]:
-    """An argparse type: a number between two others, both included."""
+def between(kind: type, least: float, most: float, what: str) -> Callable[[str], float]:
+    """An argparse type: a number from `least` to `most`."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what or f'a whole number of at least {least}'}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
     return parse
@@ -1460,7 +1463,8 @@ def number(kind: type, least: float, most: float = math.inf, what: str = "") -> 
 
 def draft_lengths(text: str) -> list[int | str]:
     """An argparse type: auto, a number, or several of these with commas between them."""
-    return list(dict.fromkeys("auto" if part == "auto" else number(int, 1)(part) for part in text.split(",")))
+    number = between(int, 1, 1000, "auto, or a number from 1 to 1000, or several with commas between them")
+    return list(dict.fromkeys("auto" if part == "auto" else number(part) for part in text.split(",")))
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -1471,52 +1475,53 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Without an accelerator and without a model named, the bundled pair of tiny models runs, as with --demo.",
         allow_abbrev=False,
     )
-    count, least_one = number(int, 0), number(int, 1)
-    temperature = number(float, 0, 100, "a temperature from 0 to 100")
-    share = number(float, 1e-6, 1, "a probability above 0, up to 1")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    for name, metavar, about, settings in [
-        ("--main", "MODEL", f"Hugging Face id or local folder (default: {DEFAULT_MAIN})", {}),
-        ("--draft", "MODEL", f"a smaller model of its family (default: {DEFAULT_DRAFT}), or ngram: no model, but what "
-         "followed the text's last tokens before", {}),
-        ("--demo", None, "the bundled pair and its own prompts: anywhere, offline, in seconds", {}),
-        ("--prompts", "FILE", "one prompt a line, # for comments, or .jsonl as of MT-Bench (default: prompts.txt)", {}),
-        ("--limit", "N", "take N of the prompts, spread evenly over their categories", {"type": least_one}),
-        ("--max-new-tokens", "N", "default: 128", {"type": least_one, "default": 128}),
-        ("--draft-tokens", "K", "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the "
-         "default)", {"type": draft_lengths, "default": ["auto"]}),
-        ("--temperature", "T", "draw tokens; 0, the default, takes the likeliest", {"type": temperature, "default": 0.0}),
-        ("--top-k", "N", "draw from the N likeliest tokens only (default: 0, from all)", {"type": count, "default": 0}),
-        ("--top-p", "P", "draw from the likeliest that together have probability P", {"type": share, "default": 1.0}),
-        ("--seed", "S", "of the random numbers (default: 0)", {"type": number(int, 0, 2**40), "default": 0}),
-        ("--compile", None, "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)",
-         {"choices": ["auto", "on", "off"], "default": "auto"}),
-        ("--compare", None, "also measure its own generate(), alone and assisted", {"choices": ["transformers"]}),
-        ("--device", "NAME", "cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)", {"default": "auto"}),
-        ("--dtype", None, "default: bfloat16 on an accelerator, float32 on a CPU",
-         {"choices": dtypes, "default": "auto"}),
-        ("--device-map", None, "spread the main model over all devices, the CPU and the disk", {"choices": ["auto"]}),
-        ("--max-memory", "SIZE", "with --device-map: what of it the first device takes at most, e.g. 10GB", {}),
-        ("--repeats", "N", "runs of each method; the median counts (default: 1)", {"type": least_one, "default": 1}),
-        ("--warmup", "N", "runs of each method before any counts (default: 1)", {"type": count, "default": 1}),
-        ("--ignore-eos", None, "write exactly N tokens, also behind the end of a text", {}),
-        ("--no-chat-template", None, "feed the prompts as they are", {}),
-        ("--show-text", None, "print what was written, each token by where it comes from", {}),
-        ("--json", "FILE", "write all that was measured", {}),
-        ("--svg", "FILE", "write the report as a picture", {}),
-    ]:  # fmt: skip
-        flag = {} if metavar or settings else {"action": "store_true"}
-        parser.add_argument(name, help=about, **settings, **flag, **({"metavar": metavar} if metavar else {}))
+    option = parser.add_argument
+    counted, some = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
+    heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
+    option("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
+    ngram = "or ngram: no model, but what followed the text's last tokens before"
+    option("--draft", metavar="MODEL", help=f"a smaller model of its family (default: {DEFAULT_DRAFT}), {ngram}")
+    option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
+    files = "one prompt a line, # for comments; or .jsonl, as of MT-Bench and Spec-Bench (default: prompts.txt)"
+    option("--prompts", metavar="FILE", help=files)
+    option("--limit", metavar="N", type=some, help="take N of the prompts, spread evenly over their categories")
+    option("--max-new-tokens", metavar="N", type=some, default=128, help="default: 128")
+    lengths = "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the default)"
+    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
+    option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens; 0, the default: take the likeliest")
+    option(
+        "--top-k", metavar="N", type=counted, default=0, help="draw from the N likeliest only (default: 0, from all)"
+    )
+    option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest of together probability P")
+    option("--seed", metavar="S", type=counted, default=0, help="of what is drawn (default: 0)")
+    compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
+    option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
+    option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
+    option("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)")
+    kinds = ["auto", "float32", "bfloat16", "float16"]
+    option("--dtype", choices=kinds, default="auto", help="default: bfloat16 on an accelerator, float32 on a CPU")
+    spread = "spread the main model over all devices, the CPU and the disk, where it fits"
+    option("--device-map", choices=["auto"], help=spread)
+    most = "with --device-map auto: what the first device takes of it at most, e.g. 10GB"
+    option("--max-memory", metavar="SIZE", help=most)
+    option("--repeats", metavar="N", type=some, default=1, help="runs of each method; the median counts (default: 1)")
+    option("--warmup", metavar="N", type=counted, default=1, help="runs of each before any counts (default: 1)")
+    option("--ignore-eos", action="store_true", help="write exactly N tokens, also behind the end of a text")
+    option("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    option("--show-text", action="store_true", help="print what was written, each token by where it comes from")
+    option("--json", metavar="FILE", help="write all that was measured, after each prompt")
+    option("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
     options = parser.parse_args(arguments)
     if options.demo and (options.main or options.draft not in (None, "ngram")):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
-    if options.max_memory and not options.device_map:
-        parser.error("--max-memory says how --device-map auto spreads the main model: add that")
-    try:
-        accelerate.utils.convert_file_size_to_int(options.max_memory or "1GB")
-    except ValueError:
-        parser.error(f"--max-memory {options.max_memory}: write a size such as 10GB or 500MB")
+    if options.max_memory:
+        try:
+            accelerate.utils.convert_file_size_to_int(options.max_memory)
+        except ValueError:
+            parser.error(f"--max-memory {options.max_memory}: write a size such as 10GB or 500MB")
+        if not options.device_map:
+            parser.error("--max-memory says how --device-map auto spreads the main model: add that")
     return options
 
 
@@ -1660,7 +1665,7 @@ def add_results(
         for part in parts.values():
             part["prompts"].append(describe_prompt(prompt) | nothing | {"error": results})
         return
-    done.append((prompt, results))
+    now_done = [*done, (prompt, results)]
     for name, part in parts.items():
         key = "compared" if "method" in part else "speculative"
         report = report_prompt(prompt, results["baseline"], results[name], key, sampled, tokenizer)
@@ -1670,9 +1675,11 @@ def add_results(
             both = [[results[method] for _, results in of] for method in ("baseline", name)]
             return summarise(*both, key, sampled, options.draft != "ngram")
 
-        part["summary"] = summary(done)
+        part["summary"] = summary(now_done)
         if prompt.category is not None:
-            part["categories"][prompt.category] = summary([one for one in done if one[0].category == prompt.category])
+            alike = [one for one in now_done if one[0].category == prompt.category]
+            part["categories"][prompt.category] = summary(alike)
+    done.append(now_done[-1])
 
 
 def describe(console: Console, options: argparse.Namespace, environment: dict, models: list[CachedModel], prompts: int):
@@ -1696,10 +1703,10 @@ def describe(console: Console, options: argparse.Namespace, environment: dict, m
         f"up to {options.max_new_tokens} new tokens",
         f"{prompts} prompt{'s' * (prompts != 1)}",
     ]
-    if options.temperature:
-        facts.insert(3, f"temperature {options.temperature:g}, top-k {options.top_k or 'off'}, top-p {options.top_p:g}")
-        facts.insert(4, "log-likelihoods at temperature 1")
     console.print("  " + ", ".join(facts))
+    if options.temperature:
+        drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'off'}, top-p {options.top_p:g}"
+        console.print(f"  {drawn}, seed {options.seed}; log-likelihoods are at temperature 1, with nothing cut off")
 
 
 def print_result(console: Console, parts: dict[str, dict]) -> None:
@@ -1758,6 +1765,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     ours = [part for part in parts.values() if "method" not in part]
     compared = [part for part in parts.values() if "method" in part]
     report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": compared}
+    report["complete"] = False
 
     def save() -> None:
         if options.json and world.is_main_process:
@@ -1790,12 +1798,14 @@ def run(options: argparse.Namespace, scratch: str) -> int:
             bar.stop()
             for prompt, result in zip(prompts[first:], everyones, strict=False):
                 add_results(parts, done, prompt, result, tokenizer, options)
+                save()
                 failed += [result] if isinstance(result, str) else []
                 latest = {name: part["prompts"][-1] for name, part in parts.items()}
                 print_reports(console, str(prompt.number), prompt.text, latest)
                 if options.show_text and not isinstance(result, str):
                     print_text(console, tokenizer, result[next(iter(parts))].run)
-            save()
+        report["complete"] = True
+        save()
     except (KeyboardInterrupt, CannotRun, RuntimeError) as error:
         stopped = error  # and on: what was measured so far is reported all the same
     finally:
@@ -1823,6 +1833,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
     options = parse_options(arguments)
     transformers.logging.set_verbosity_error()
+    for library in ("accelerate", "huggingface_hub"):  # what they would say is said in one line, or in the table
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, it reports as after Ctrl-C
     try:

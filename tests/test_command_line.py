@@ -13,9 +13,9 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_model
+from conftest import ROOT, ids_of, make_model
 from rich.console import Console
-from test_lossless import loop_with
+from test_lossless import planted
 
 import speculative_decoding as sd
 
@@ -75,7 +75,8 @@ def test_the_bundled_pair_is_what_it_should_be(demo):
     tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<bos>", "<unk>"]
     ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
-    assert sorted(ends) == sorted(sd.end_tokens(sd.load_model(str(MAIN), torch.device("cpu"), torch.float32)))
+    model = sd.load_model(str(MAIN), sd.load_config(str(MAIN)), torch.float32)
+    assert sorted(ends) == sorted(sd.end_tokens(model))
     for prompt in measured["prompts"]:
         assert 60 <= prompt["speculative"]["new_tokens"] <= 128
         assert prompt["speculative"]["token_ids"][-1] == ends[1]
@@ -146,8 +147,8 @@ def test_the_chat_template_is_the_models_own():
 
 
 def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
-    stale = loop_with("roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))")
-    monkeypatch.setattr(sd, "speculative_decode", stale)
+    mistake = ("roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))")
+    monkeypatch.setattr(sd, "decode_speculatively", planted(sd.decode_speculatively, mistake))
     out = tmp_path / "out.json"
     options = ["--draft-tokens", 3, "--max-new-tokens", 40, "--warmup", 0]
     assert run("--demo", *options, "--json", out) == 1
@@ -156,12 +157,19 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
     assert json.loads(out.read_text())["runs"][0]["summary"]["mismatches"] > 0
 
 
+def measured(divergence=None):
+    return sd.Measured(sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3), [1.0], divergence)
+
+
 def test_a_tie_is_shown_with_its_figures():
-    decoded = sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3)
-    divergence = sd.Divergence(16, 4, 5, 0.125, 0.25, "tie")
+    results = [measured(), measured(sd.Divergence(16, 4, 5, 0.125, 0.25, "tie"))]
     tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    reports = [sd.report_prompt("p", 4, decoded, decoded, d, tokenizer, "speculative") for d in (None, divergence)]
-    summary = sd.summarise([decoded] * 2, [decoded] * 2, [None, divergence], "speculative")
+    prompts = [sd.Prompt("p", number, ids=ids_of([1, 2, 3, 4])) for number in (1, 2)]
+    reports = [
+        sd.report_prompt(prompt, measured(), result, "speculative", False, tokenizer)
+        for prompt, result in zip(prompts, results, strict=True)
+    ]
+    summary = sd.summarise([measured()] * 2, results, "speculative")
     words = sd.in_words([{"draft_tokens": 3, "prompts": reports, "summary": summary}], [])
     assert words[-2] == "1 of 2 outputs are the main model's own, token for token."
     assert "Prompt 2" in words[-1] and "new token 17" in words[-1]
@@ -272,9 +280,10 @@ def test_bad_prompt_files_are_refused(tmp_path, capsys):
     assert "no prompts" in refused(capsys, "--demo", "--prompts", path)
     path.write_bytes(b"caf\xe9\n")
     assert "UTF-8" in refused(capsys, "--demo", "--prompts", path)
-    path.write_text("What does heapq.merge do?\n" + "What is a list? " * 400 + "\n")
+    assert "line 1" in refused(capsys, "--demo", "--prompts", path)
+    path.write_text("What is a list? " * 400 + "\n")
     message = refused(capsys, "--demo", "--prompts", path)
-    assert "prompt 2" in message and "context of 1024" in message
+    assert "1 of 1 prompts" in message and "context of 1024" in message
 
 
 def test_the_context_is_used_to_its_end(tmp_path, capsys):
@@ -286,13 +295,15 @@ def test_the_context_is_used_to_its_end(tmp_path, capsys):
     common = [*PAIR, "--prompts", path, "--warmup", 0, "--draft-tokens", 3, "--ignore-eos", "--max-new-tokens"]
     assert "exceed" in refused(capsys, *common, fits + 1)
     sd.settle(options := sd.parse_options([str(o) for o in [*common, fits]]), torch.device("cpu"))
-    assert len(sd.encode_all(options, [path.read_text()], tokenizer, 1024)) == 1
+    prompts = [sd.Prompt(path.read_text().strip(), 1), sd.Prompt("word " * 301, 2)]
+    fitting, left_out = sd.encode_all(options, prompts, tokenizer, 1024, torch.device("cpu"))
+    assert [prompt.number for prompt in fitting] == [1] and left_out.startswith("1 of 2 prompts")
 
 
 def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
-    assert "no kind of device" in refused(capsys, "--demo", "--device", "abacus")
-    if not torch.cuda.is_available():
-        assert "finds no cuda" in refused(capsys, "--demo", "--device", "cuda")
+    for device in ["abacus", "meta"] + ["cuda"] * (not torch.cuda.is_available()):
+        message = refused(capsys, "--demo", "--device", device)
+        assert f"cannot use the device '{device}'" in message and "--device auto" in message
     assert "--json" in refused(capsys, "--demo", "--json", tmp_path / "no" / "folder.json")
 
 
@@ -307,6 +318,13 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
         ["--dtype", "int8"],
         ["--nonsense"],
         ["--demo", "--main", "x"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--top-p", "0"],
+        ["--top-p", "1.1"],
+        ["--limit", "0"],
+        ["--max-memory", "1GB"],
+        ["--device-map", "auto", "--max-memory", "plenty"],
         ["stray"],
     ],
 )
@@ -334,11 +352,9 @@ def test_hostile_prompts_do_not_reach_the_terminal(tmp_path, capsys):
     path, out = tmp_path / "p.txt", tmp_path / "out.json"
     path.write_text("\n".join(HOSTILE) + "\n", encoding="utf-8")
     options = ["--max-new-tokens", 2, "--warmup", 0, "--no-chat-template", "--json", out]
-    assert "prompt 7" in refused(capsys, "--demo", "--prompts", path, *options)  # too long
-    path.write_text("\n".join(HOSTILE[:-1]) + "\n", encoding="utf-8")
-    status = run("--demo", "--prompts", path, *options)
-    printed = capsys.readouterr().out
-    assert status == 0
+    status = run("--demo", "--prompts", path, *options, "--show-text")
+    printed, said = capsys.readouterr()
+    assert status == 0 and "1 of 7 prompts" in said and "left out" in said  # the last is too long
     assert not set(printed) - {"\n"} & set(map(chr, [*range(32), *range(127, 160), 0x202E, 0x202C, 0x200B, 0x200D]))
     assert "[bold red]markup[/] [link=https://" in printed
     assert all(sd.Text(line).cell_len <= 120 for line in printed.splitlines())
@@ -349,6 +365,7 @@ def test_hostile_prompts_do_not_reach_the_terminal(tmp_path, capsys):
 def test_plain():
     assert sd.plain("a\tb\r\nc\x1b[31m\u202e\ue000") == "a b c�[31m��"
     assert sd.plain("é 日本 שלום 🙂") == "é 日本 שלום 🙂"
+    assert sd.safe("a\n  b\u2028c\r\x07") == "a\n  b�c��"
 
 
 def test_figures():
@@ -373,11 +390,12 @@ def test_the_table_fits_the_terminal(width):
     slow = {"new_tokens": 99999, "latency_s": 12345.6, "tokens_per_s": 123456.7}
     rates = {"acceptance_rate": 1.0, "log_likelihood_per_token": -12.345}
     report = {"baseline": slow, "speculative": slow | rates, "speedup_percent": 1234.5, "identical": True}
+    report["error"] = None
     sd.print_headings(console)
     sd.print_reports(console, "123", "A prompt of some length that must be cut", {"K = 3": report})
     *_, headings, row = console.file.getvalue().splitlines()
     assert len(row) <= width and len(headings) <= width
-    assert row.endswith("99999  12346 123457  12346 123457 +1234 %  100 %  -12.3  yes")
+    assert row.endswith("99999  12346 123457  12346 123457 +1234 %  100 %  -12.3     yes")
 
 
 def test_control_c_reports_what_is_done(tmp_path):
@@ -394,6 +412,6 @@ def test_control_c_reports_what_is_done(tmp_path):
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in errors and "Interrupted after 1 of 5 prompts." in errors
+    assert "Traceback" not in errors and "Interrupted after 1 of 5 prompts" in errors
     assert re.search(r"^ +mean ", rest, re.MULTILINE) and "times as fast" in rest
     assert len(json.loads(out.read_text())["runs"][0]["prompts"]) == 1
