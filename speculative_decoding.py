@@ -1733,7 +1733,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     quiet = not world.is_main_process
     width = None if sys.stdout.isatty() else 120
     plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": quiet}
-    console, errors = Console(width=width, record=bool(options.svg), **plainly), Console(stderr=True, **plainly)
+    console, errors = Console(width=width, record=bool(options.svg), **plainly), Console(stderr=True, soft_wrap=True, **plainly)
     device = choose_device(options.device, world)
     if notice := settle(options, device):
         console.print(notice)

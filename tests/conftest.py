@@ -1,6 +1,7 @@
 """Real models for the tests: the bundled pair, and small random ones of many architectures."""
 
 import copy
+import os
 import pathlib
 import sys
 
@@ -10,7 +11,8 @@ import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # small models gain nothing from more, and the tests run in two processes
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, whose threads would wait for each other
+torch.set_num_threads(1)
 
 import speculative_decoding as sd  # noqa: E402
 
