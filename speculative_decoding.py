@@ -460,6 +460,7 @@ class ModelDraft:
 
     def __init__(self, model: CachedModel, rule: Greedy):
         self.model, self.rule = model, rule
+        self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
 
     def new_text(self, prompt_ids: Tensor) -> None:
         """Begin with a prompt, [1, n]: read it without its last token."""
@@ -470,17 +471,18 @@ class ModelDraft:
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
         """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
-        ids = torch.tensor([text[self.seen :]], device=self.model.device)  # [1, 2]: what it has not read
-        tokens, confidences, q = [ids[:, :0]], [], []
+        guesses, confidences, q = [], [], []
         while length.wants_another(confidences):
-            # With a fixed K the host only queues work here, and waits for nothing.
-            ids, confidence, *distribution = self.model.step(self.rule.guess, ids, self.rule.uniform(1))
-            tokens.append(ids)
+            # First what it has not read, [1, 2], then each guess, [1, 1]. With a fixed K the host only queues work here.
+            unread = guesses[-1] if guesses else torch.tensor([text[self.seen :]], device=self.model.device)
+            guess, confidence, *distribution = self.model.step(self.rule.guess, unread, self.rule.uniform(1))
+            guesses.append(guess)
             confidences.append(confidence)
             q += distribution
-        if confidences:
-            self.seen = len(text) + len(confidences) - 1
-        return torch.cat(tokens, dim=1), torch.cat(q) if q else None
+        if not guesses:
+            return self.nothing, None
+        self.seen = len(text) + len(guesses) - 1
+        return torch.cat(guesses, dim=1), torch.cat(q) if q else None
 
     def roll_back(self, tokens: int) -> None:
         """Forget the latest guesses."""
