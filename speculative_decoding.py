@@ -213,15 +213,17 @@ class CachedModel:
         # Read something before compiling: graphs need the storage at an address that never changes.
         self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
+        # What mode="reduce-overhead" means; and no guards. These would check before each step, for a millisecond, that
+        # nothing of the model has changed, which nothing does: the number of tokens chooses the function, see `_run`.
+        options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         for choose, last, numbers in steps:
 
             def whole(ids: Tensor, uniform: Tensor | None, choose=choose, last=last) -> tuple[Tensor, ...]:
                 return choose(self.read(ids, last), ids, uniform)
 
             for tokens in sorted(numbers):
-                self.compiled[choose.__name__, tokens] = torch.compile(
-                    whole, mode="reduce-overhead", dynamic=False, isolate_recompiles=True
-                )
+                step = torch.compile(whole, dynamic=False, isolate_recompiles=True, options=dict(options))
+                self.compiled[choose.__name__, tokens] = step
                 for _ in range(3):  # compile; capture a graph; replay it
                     self.new_text()
                     ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
