@@ -146,16 +146,35 @@ class CachedModel:
         if rolls_back:
             self.cache.activate_past_recording()
 
+    def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
+        """Begin a text with a prompt, [1, n], n ≥ 1; return the logits at its last token, [1, vocabulary]."""
+        self.new_text(rolls_back)
+        if self.lengths is None:
+            return self.read(prompt_ids, last=1)
+        grown = DynamicCache(config=self.model.config)  # faster: it holds the prompt, and not room for a whole text
+        grown.activate_past_recording()
+        logits = self._forward(prompt_ids, grown, last=1)
+        for fixed, layer in zip(self.cache.layers, grown.layers, strict=True):
+            if isinstance(fixed, StaticLayer):
+                fixed.keys[:, :, : layer.keys.shape[2]] = layer.keys
+                fixed.values[:, :, : layer.values.shape[2]] = layer.values
+        torch._foreach_add_(self.lengths, prompt_ids.shape[1])
+        return logits
+
     def read(self, ids: Tensor, last: int = 0) -> Tensor:
-        """Read tokens; return the logits at each of them: what the model expects to come next.
+        """Read further tokens; return the logits at each of them: what the model expects to come next.
 
         ids: [1, n], n ≥ 1. Returns [n, vocabulary], or [last, vocabulary] where only the last places matter.
         """
+        return self._forward(ids, self.cache, last)
+
+    def _forward(self, ids: Tensor, cache: Cache, last: int) -> Tensor:
+        grows = isinstance(cache, DynamicCache)
         # A single token sees all that a growing cache returns: models that would build masks to say so are given one.
-        mask = self.all_seen if self.lengths is None and ids.shape[1] == 1 else None
-        with torch.inference_mode(self.lengths is None):  # faster than no_grad; compiled steps do without
+        mask = self.all_seen if grows and ids.shape[1] == 1 else None
+        with torch.inference_mode(grows):  # faster than no_grad; compiled steps do without
             output = self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=last
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last
             )
         return output.logits[0, :, : self.vocabulary]
 
@@ -209,7 +228,6 @@ class CachedModel:
         if not kinds.issuperset(map(type, layers)):
             raise NotImplementedError(f"{self.model.config.model_type} needs a cache of its own kind")
         self.cache = Cache(layers=[layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers])
-        self.lengths = []
         # Read something before compiling: graphs need the storage at an address that never changes.
         self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
@@ -414,9 +432,8 @@ def decode_alone(
     text's, on which the random numbers of a rule that draws depend.
     """
     start = now(main.device)
-    main.new_text(rolls_back=False)
     rule.restart(number)
-    (token,) = rule.next_token(main.read(prompt_ids, last=1), prompt_ids, rule.uniform(1))  # [1, 1]
+    (token,) = rule.next_token(main.prefill(prompt_ids, rolls_back=False), prompt_ids, rule.uniform(1))  # [1, 1]
     tokens, ended = cut([token.item()], max_new_tokens, end_ids)
     first_token_s = now(main.device) - start
     while not ended:
@@ -466,10 +483,8 @@ class ModelDraft:
 
     def new_text(self, prompt_ids: Tensor) -> None:
         """Begin with a prompt, [1, n]: read it without its last token."""
-        self.model.new_text()
         self.seen = prompt_ids.shape[1] - 1  # tokens of the text that the model has read
-        if self.seen:
-            self.model.read(prompt_ids[:, :-1], last=1)
+        self.model.prefill(prompt_ids[:, :-1]) if self.seen else self.model.new_text()
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
         """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
@@ -560,9 +575,8 @@ def decode_speculatively(
     """
     text, room = prompt_ids[0].tolist(), max_new_tokens
     start = now(main.device)
-    main.new_text()
     rule.restart(number)
-    (first,) = rule.next_token(main.read(prompt_ids, last=1), prompt_ids, rule.uniform(1))
+    (first,) = rule.next_token(main.prefill(prompt_ids), prompt_ids, rule.uniform(1))
     emitted, ended = cut([first.item()], room, end_ids)
     first_token_s = now(main.device) - start
     text += emitted
@@ -625,8 +639,7 @@ def measure_costs(main: CachedModel, draft: CachedModel | None, rule: Greedy, pr
     costs = {"draft_pass_s": {1: [], 2: []}, "main_pass_s": {width: [] for width in widths}}
     ids = prompt_ids[:, -1:].repeat(1, longest + 1)
     for model in filter(None, (main, draft)):
-        model.new_text()
-        model.read(prompt_ids, last=1)
+        model.prefill(prompt_ids)
 
     def time_pass(times: list[float], model: CachedModel | None, tokens: int, step: Callable) -> None:
         start = now(main.device)
