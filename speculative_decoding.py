@@ -127,7 +127,7 @@ class CachedModel:
 
         `device`: where its inputs go, if that is not where all of its weights are.
         """
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.device = device or model.device
         self.vocabulary = vocabulary
         self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
@@ -172,7 +172,7 @@ class CachedModel:
         grows = isinstance(cache, DynamicCache)
         # A single token sees all that a growing cache returns: models that would build masks to say so are given one.
         mask = self.all_seen if grows and ids.shape[1] == 1 else None
-        with torch.inference_mode(grows):  # faster than no_grad; compiled steps do without
+        with torch.inference_mode() if grows else torch.no_grad():  # the former is faster, but cannot be compiled
             output = self.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last
             )

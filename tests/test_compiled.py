@@ -48,12 +48,19 @@ def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
 
 def test_drawing_can_be_compiled_too(monkeypatch):
     """The same draws as eagerly, with the graphs as they are traced, run by Python: quicker to make. Without guards."""
-    trace = functools.partial(torch.compile, backend="eager", dynamic=False, isolate_recompiles=True)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    monkeypatch.setattr(torch, "compile", lambda function, **_: trace(function, fullgraph=True, options=unguarded))
+    trace = functools.partial(torch.compile, backend=keep, fullgraph=True, dynamic=False, options=unguarded)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: trace(function, isolate_recompiles=True))
     rule = sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
     model, draft_model, main, draft = compiled_pair(rule)
-    compiled_frames = dict(torch._dynamo.utils.counters["frames"])
+    assert len(graphs) == 5
+    assert not any(weight.requires_grad for weight in model.parameters())  # or graphs would keep what training needs
     for number, prompt in enumerate(PROMPTS):
         for k in (4, 2):
             expected = speculate(model, draft_model, prompt, k, NEW, rule=rule, number=number)
@@ -61,4 +68,4 @@ def test_drawing_can_be_compiled_too(monkeypatch):
             assert (result.token_ids, result.rounds) == (expected.token_ids, expected.rounds)
         baseline = alone(main, prompt, NEW, rule=rule, number=number).token_ids
         assert baseline == alone(model, prompt, NEW, rule=rule, number=number).token_ids
-    assert torch._dynamo.utils.counters["frames"] == compiled_frames and compiled_frames["ok"] > 0
+    assert len(graphs) == 5  # one for each kind of step and number of tokens, and none since
