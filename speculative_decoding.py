@@ -179,9 +179,9 @@ class CachedModel:
         return output.logits[0, :, : self.vocabulary]
 
     def roll_back(self, tokens: int) -> None:
-        """Forget the latest tokens that were read."""
-        if tokens and self.lengths is None:
-            self.cache.crop(-tokens)  # and sliding windows drop what they no longer need
+        """Forget the latest tokens that were read; those before them are there to stay."""
+        if self.lengths is None:
+            self.cache.crop(-tokens)  # by 0, too: sliding windows then drop what no roll-back can bring back
         elif tokens:  # what lies behind the length is masked, and written over by the next tokens
             torch._foreach_add_(self.lengths, -tokens)
 
@@ -201,8 +201,11 @@ class CachedModel:
         """
         tokens = ids.shape[1]
         width = min((n for name, n in self.compiled if name == judge.__name__ and n >= tokens > 1), default=tokens)
+        if width == tokens:
+            return self._run(judge, ids, None, last=0)
+        # A pass of a compiled width: ignore the padding, and forget it.
         verdict, log_likelihood = self._run(judge, torch.nn.functional.pad(ids, (0, width - tokens)), None, last=0)
-        self.roll_back(width - tokens)  # a pass of a compiled width: ignore the padding, and forget it
+        self.roll_back(width - tokens)
         return verdict[:tokens], log_likelihood[: tokens - 1]
 
     def _run(self, choose: Callable, ids: Tensor, uniform: Tensor | None, last: int) -> tuple[Tensor, ...]:
