@@ -431,8 +431,8 @@ def decode_alone(
 ) -> Decoded:
     """Decode with the main model alone: one forward pass a token.
 
-    prompt_ids: [1, n], n ≥ 1, on the model's device. end_ids: the tokens that end a text, as its last token. number: the
-    text's, on which the random numbers of a rule that draws depend.
+    prompt_ids: [1, n], n ≥ 1, on the model's device. end_ids: the tokens that end a text, as its last token. number:
+    the text's, on which the random numbers of a rule that draws depend.
     """
     start = now(main.device)
     rule.restart(number)
@@ -493,7 +493,7 @@ class ModelDraft:
         """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
         guesses, confidences, q = [], [], []
         while length.wants_another(confidences):
-            # First what it has not read, [1, 2], then each guess, [1, 1]. With a fixed K the host only queues work here.
+            # First what it has not read, [1, 2], then each guess, [1, 1]. A fixed K: the host only queues work here.
             unread = guesses[-1] if guesses else torch.tensor([text[self.seen :]], device=self.model.device)
             guess, confidence, *distribution = self.model.step(self.rule.guess, unread, self.rule.uniform(1))
             guesses.append(guess)
@@ -516,11 +516,7 @@ class NgramDraft:
     Known as prompt lookup. It shines where an answer repeats what was asked, and costs next to nothing elsewhere.
     """
 
-    HOPES = {
-        3: 0.95,
-        2: 0.75,
-        1: 0.45,
-    }  # how sure it is, by the tokens that match: an assumption, which auto puts right
+    HOPES = {3: 0.95, 2: 0.75, 1: 0.45}  # how sure it is, by the tokens that match: assumed, and put right by auto
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -1490,9 +1486,9 @@ def draft_lengths(text: str) -> list[int | str]:
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The options, as given. A bad one ends the program with one line and status 2."""
     parser = argparse.ArgumentParser(
-        description="Measure what speculative decoding gains for a main model and a draft model on this machine, and "
-        "check that the output is still the main model's own.",
-        epilog="Without an accelerator and without a model named, the bundled pair of tiny models runs, as with --demo.",
+        description="Measure what speculative decoding gains for a main model and a draft model on this machine, "
+        "and check that the output is still the main model's own.",
+        epilog="With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo.",
         allow_abbrev=False,
     )
     option = parser.add_argument
@@ -1591,8 +1587,9 @@ def encode_all(
     if len(fitting) == len(prompts):
         return fitting, None
     too_long = (
-        f"{len(prompts) - len(fitting)} of {len(prompts)} prompts of {options.prompts} are too long: with {room} tokens "
-        f"for the output and a last draft they exceed the models' context of {context} (the longest has {max(lengths)})"
+        f"{len(prompts) - len(fitting)} of {len(prompts)} prompts of {options.prompts} are too long: with {room} "
+        f"tokens for the output and a last draft they exceed the models' context of {context} (the longest has "
+        f"{max(lengths)})"
     )
     if not fitting:
         raise CannotRun(f"{too_long}: lower --max-new-tokens, or shorten the prompts")
@@ -1650,7 +1647,7 @@ def compile_pair(options: argparse.Namespace, main: CachedModel, draft, rule: Gr
 def choose_methods(
     options: argparse.Namespace, main: CachedModel, draft: ModelDraft | NgramDraft, rule: Greedy, prompt_ids: Tensor
 ) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict]]:
-    """What to measure: the methods by name, the baseline first, and for each but that its part of the JSON, empty yet."""
+    """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON."""
     limits = (options.max_new_tokens, set() if options.ignore_eos else end_tokens(main.model))
 
     def method(decode: Callable, *settings) -> Callable[[Prompt], Decoded]:
@@ -1753,7 +1750,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     quiet = not world.is_main_process
     width = None if sys.stdout.isatty() else 120
     plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": quiet}
-    console, errors = Console(width=width, record=bool(options.svg), **plainly), Console(stderr=True, soft_wrap=True, **plainly)
+    console = Console(width=width, record=bool(options.svg), **plainly)
+    errors = Console(stderr=True, soft_wrap=True, **plainly)
     device = choose_device(options.device, world)
     if notice := settle(options, device):
         console.print(notice)

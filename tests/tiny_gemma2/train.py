@@ -13,6 +13,7 @@ between processors: another machine makes a pair of the same kind, not the same 
 
 import importlib
 import inspect
+import itertools
 import json
 import math
 import pathlib
@@ -46,7 +47,8 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<en
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
@@ -107,7 +109,7 @@ def documents() -> list[tuple[str, str]]:
 
 
 def make_tokenizer(texts: list[str]) -> GemmaTokenizer:
-    """A byte-pair tokenizer of Gemma's construction (spaces as "▁", single bytes as a last resort), trained on texts."""
+    """A byte-pair tokenizer of Gemma's construction (spaces as "▁", bytes as a last resort), trained on texts."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.normalizer = normalizers.Replace(" ", "▁")
     words = r"\n+▁*|▁?\w+|▁?[^\w▁\n]+|▁+"  # a merge never crosses a word's end
@@ -184,7 +186,7 @@ def train(name: str, shape: dict, steps: int, tokenizer, examples) -> None:
     )
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps", flush=True)
     started, losses = time.time(), []
-    for step, (inputs, labels) in zip(range(steps), batches(examples, random.Random(SEED))):
+    for step, (inputs, labels) in enumerate(itertools.islice(batches(examples, random.Random(SEED)), steps)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(inputs, use_cache=False).logits
         wanted = labels[:, 1:]
@@ -216,9 +218,8 @@ def main() -> None:
     for name, shape, steps in (("main", MAIN, MAIN_STEPS), ("draft", DRAFT, DRAFT_STEPS)):
         if name in (sys.argv[1:] or [name]):
             train(name, shape, steps, tokenizer, examples)
-    print(
-        f"done in {(time.time() - started) / 60:.0f} minutes, by Python {sys.version.split()[0]}, torch {torch.__version__}"
-    )
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+    print(f"done in {(time.time() - started) / 60:.0f} minutes, by {versions}")
 
 
 if __name__ == "__main__":
