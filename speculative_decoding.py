@@ -38,6 +38,7 @@ What is deliberately not here: batches of more than one text, and trees of guess
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -107,8 +108,20 @@ def plain(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line of bearable length."""
-    text = plain(str(error).strip().partition("\n")[0]) or type(error).__name__
+    said = getattr(error, "strerror", None) or str(error)
+    text = plain(said.strip().partition("\n")[0]) or type(error).__name__
     return text if len(text) < 300 else text[:299] + "…"
+
+
+@contextlib.contextmanager
+def trying(what: str, mend: str) -> Iterator[None]:
+    """Make CannotRun of any error: broken files and folders can make libraries raise anything."""
+    try:
+        yield
+    except CannotRun:
+        raise
+    except Exception as error:
+        raise CannotRun(f"cannot {what}: {first_line(error)}; {mend}") from error
 
 
 # 1  A model with a cache that can be rolled back ----------------------------------------------------------------------
@@ -1198,12 +1211,13 @@ def best_run(runs: list[dict]) -> dict:
 def write_json(path: str, report: dict) -> None:
     """Replace the file in one step, so that it is whole at every moment."""
     temporary = pathlib.Path(path + ".partial")
-    try:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CannotRun(f"cannot write {path}: {error.strerror}; name another file with --json") from error
+    with trying(f"write {path}", "name another file with --json"):
+        try:
+            temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 # 8  Loading -----------------------------------------------------------------------------------------------------------
@@ -1216,12 +1230,12 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
     .jsonl has one JSON object a line, with `prompt` or `turns` (the first counts), and perhaps `category` and
     `question_id`: as the question files of MT-Bench and Spec-Bench.
     """
+    with trying(f"read {path}", "name a text file with --prompts"):
+        content = pathlib.Path(path).read_bytes()
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise CannotRun(f"cannot read {path}: {error.strerror}; name a text file with --prompts") from error
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise CannotRun(f"{path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
     prompts = []
     for line, content in enumerate(map(str.strip, lines), 1):
@@ -1264,13 +1278,9 @@ def choose_device(wanted: str, state: accelerate.PartialState) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if wanted == "auto":
         return state.device if state.num_processes > 1 else accelerator
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        mend = f"PyTorch finds {accelerator} here: use --device auto"
-        raise CannotRun(f"cannot use the device {wanted!r} ({first_line(error)}); {mend}") from error
-    return device
+    with trying(f"use the device {wanted!r}", f"PyTorch finds {accelerator} here: use --device auto"):
+        (probe := torch.zeros(1, device=wanted)).item()
+        return probe.device
 
 
 def device_name(device: torch.device) -> str:
@@ -1338,19 +1348,14 @@ NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 def load_config(name: str) -> transformers.PreTrainedConfig:
     """The configuration of a model whose cache can be rolled back. Raises CannotRun for any other."""
     folder = fetch(name, *NO_WEIGHTS)
-    try:
+    with trying(f"load {name}", "the folder needs the config.json of a causal language model, whole"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise CannotRun(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise CannotRun(f"{name} ({config.model_type}) is no language model that writes; take a decoder")
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         layers = DynamicCache(config=config).layers
-    except CannotRun:
-        raise
-    except KeyError as error:
-        raise CannotRun(f"{name} ({config.model_type}) is no language model that writes; take a decoder") from error
-    except Exception as error:  # a broken folder can make the library raise anything
-        mend = "the folder needs the config.json of a causal language model, whole"
-        raise CannotRun(f"cannot load {name}: {first_line(error)}; {mend}") from error
     # The library's marks of what cannot go back: Mamba, RWKV, linear attention.
     if getattr(kind, "_is_stateful", False) or not all(layer.is_croppable for layer in layers):
         raise CannotRun(f"{name} ({config.model_type}) keeps a state that cannot be rolled back; take attention models")
@@ -1398,21 +1403,11 @@ def check_memory(configs: dict[str, transformers.PreTrainedConfig], dtype: torch
 def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype, **placement) -> PreTrainedModel:
     """Load a model's weights, to where `placement` says. Raises CannotRun for what is broken or does not fit."""
     folder = fetch(name, *NO_WEIGHTS, "*.safetensors")
-    try:
+    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    with trying(f"load {name}", "it needs memory, and safetensors weights of a causal language model, all whole"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **placement,
+            folder, config=config, dtype=dtype, **safely, **placement
         )
-    except torch.OutOfMemoryError as error:
-        raise CannotRun(f"{name} does not fit into memory; take a smaller pair or --device cpu") from error
-    except Exception as error:  # a broken folder can make the library raise anything
-        mend = "the folder needs config.json and safetensors weights of a causal language model, all whole"
-        raise CannotRun(f"cannot load {name}: {first_line(error)}; {mend}") from error
     if missing := sorted(loading["missing_keys"]):
         raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): fetch it anew")
     return model
@@ -1422,12 +1417,8 @@ def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
     """The first model's tokenizer. The others' must have the same number for the same token. Raises CannotRun."""
     tokenizers = []
     for name in names:
-        try:
+        with trying(f"load the tokenizer of {name}", "fetch it anew"):
             tokenizers.append(AutoTokenizer.from_pretrained(fetch(name, *NO_WEIGHTS), trust_remote_code=False))
-        except CannotRun:
-            raise
-        except Exception as error:  # as above
-            raise CannotRun(f"cannot load the tokenizer of {name}: {first_line(error)}; fetch it anew") from error
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if differing := vocabularies[0].items() ^ vocabularies[-1].items():
         token = min(differing)[0]
@@ -1832,10 +1823,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     if done:
         print_result(console, parts)
     if options.svg and done and world.is_main_process:
-        try:
+        with trying(f"write {options.svg}", "name another file with --svg"):
             console.save_svg(options.svg, title="speculative_decoding.py")
-        except OSError as error:
-            raise CannotRun(f"cannot write {options.svg}: {error.strerror}; name another file with --svg") from error
     if isinstance(stopped, KeyboardInterrupt):
         errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts: this is a part of the result.")
         return 130
