@@ -107,7 +107,7 @@ def plain(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bearable length."""
+    """What an error of another library says, in one line of at most 300 signs."""
     said = getattr(error, "strerror", None) or str(error)
     text = plain(said.strip().partition("\n")[0]) or type(error).__name__
     return text if len(text) < 300 else text[:299] + "…"
@@ -136,7 +136,7 @@ class CachedModel:
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
-        """`vocabulary`: only the first so many tokens count (the models of one family are padded differently).
+        """`vocabulary`: logits are cut to so many tokens (models of one family are padded differently).
 
         `device`: where its inputs go, if that is not where all of its weights are.
         """
@@ -144,7 +144,7 @@ class CachedModel:
         self.device = device or model.device
         self.vocabulary = vocabulary
         self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
-        self.lengths = None  # of the layers' fixed storage: [] on the device, each
+        self.lengths = None  # of the layers of a cache of fixed size: [] on the device, each
         config = model.config.get_text_config()
         builds_masks = config._attn_implementation == "eager" and hasattr(config, "layer_types")  # Gemma 2 does
         self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device) if builds_masks else None
@@ -166,7 +166,7 @@ class CachedModel:
             return self.read(prompt_ids, last=1)
         grown = DynamicCache(config=self.model.config)  # faster: it holds the prompt, and not room for a whole text
         grown.activate_past_recording()
-        logits = self._forward(prompt_ids, grown, last=1)
+        logits = self.read(prompt_ids, last=1, cache=grown)
         for fixed, layer in zip(self.cache.layers, grown.layers, strict=True):
             if isinstance(fixed, StaticLayer):
                 fixed.keys[:, :, : layer.keys.shape[2]] = layer.keys
@@ -174,14 +174,12 @@ class CachedModel:
         torch._foreach_add_(self.lengths, prompt_ids.shape[1])
         return logits
 
-    def read(self, ids: Tensor, last: int = 0) -> Tensor:
+    def read(self, ids: Tensor, last: int = 0, cache: Cache | None = None) -> Tensor:
         """Read further tokens; return the logits at each of them: what the model expects to come next.
 
         ids: [1, n], n ≥ 1. Returns [n, vocabulary], or [last, vocabulary] where only the last places matter.
         """
-        return self._forward(ids, self.cache, last)
-
-    def _forward(self, ids: Tensor, cache: Cache, last: int) -> Tensor:
+        cache = cache or self.cache
         grows = isinstance(cache, DynamicCache)
         # A single token sees all that a growing cache returns: models that would build masks to say so are given one.
         mask = self.all_seen if grows and ids.shape[1] == 1 else None
@@ -193,17 +191,25 @@ class CachedModel:
 
     def roll_back(self, tokens: int) -> None:
         """Forget the latest tokens that were read; those before them are there to stay."""
-        if self.lengths is None:
+        if self.lengths is not None:  # what lies behind the length is masked, and written over by the next tokens
+            if tokens:
+                torch._foreach_add_(self.lengths, -tokens)
+        elif tokens or self.cache.get_seq_length():
             self.cache.crop(-tokens)  # by 0, too: sliding windows then drop what no roll-back can bring back
-        elif tokens:  # what lies behind the length is masked, and written over by the next tokens
-            torch._foreach_add_(self.lengths, -tokens)
 
-    def step(self, choose: Callable, ids: Tensor, uniform: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Read tokens, [1, n], and make of the logits at the last one what `choose`, of the next part, makes of them.
+    def step(self, choose: Callable, ids: Tensor, uniform: Tensor | None = None, last: int = 1) -> tuple[Tensor, ...]:
+        """Read tokens, [1, n], and make of the logits what `choose`, of the next part, makes of them.
 
-        Compiled if that is compiled for n tokens, else eagerly: a prompt can have any length.
+        The logits at the last place, or at so many, or at all (0). Compiled if that is compiled for n tokens, else
+        eagerly: a prompt can have any length.
         """
-        return self._run(choose, ids, uniform, last=1)
+        if (compiled := self.compiled.get((choose.__name__, ids.shape[1]))) is None:
+            return choose(self.read(ids, last), ids, uniform)
+        # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
+        # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
+        # they take outputs that are still held for memory in use, and record themselves anew.
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(output.clone() for output in compiled(ids, uniform))
 
     def verify(self, judge: Callable, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read the text's last token and K drafted ones, [1, K+1], in one pass.
@@ -215,113 +221,108 @@ class CachedModel:
         tokens = ids.shape[1]
         width = min((n for name, n in self.compiled if name == judge.__name__ and n >= tokens > 1), default=tokens)
         if width == tokens:
-            return self._run(judge, ids, None, last=0)
+            return self.step(judge, ids, last=0)
         # A pass of a compiled width: ignore the padding, and forget it.
-        verdict, log_likelihood = self._run(judge, torch.nn.functional.pad(ids, (0, width - tokens)), None, last=0)
+        verdict, log_likelihood = self.step(judge, torch.nn.functional.pad(ids, (0, width - tokens)), last=0)
         self.roll_back(width - tokens)
         return verdict[:tokens], log_likelihood[: tokens - 1]
 
-    def _run(self, choose: Callable, ids: Tensor, uniform: Tensor | None, last: int) -> tuple[Tensor, ...]:
-        if (compiled := self.compiled.get((choose.__name__, ids.shape[1]))) is None:
-            return choose(self.read(ids, last), ids, uniform)
-        # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
-        # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
-        # they take outputs that are still held for memory in use, and record themselves anew.
-        torch.compiler.cudagraph_mark_step_begin()
-        return tuple(output.clone() for output in compiled(ids, uniform))
+    def fix_size(self, capacity: int) -> None:
+        """Give the cache a fixed size, for compiled steps: `capacity` is the most tokens of a text.
 
-    @torch.no_grad()
-    def compile(self, capacity: int, steps: list[tuple[Callable, int, set[int]]], uniform: Tensor | None) -> None:
-        """Compile steps for the numbers of tokens that occur again and again; the cache gets a fixed size.
-
-        capacity: the most tokens of a text. steps: what is made of the logits, of how many last places (0: all), for
-        which numbers of tokens. Each step is compiled whole, from the token to what is made of the logits, so that
-        only this leaves it. Layers with sliding windows are stored in full, too: the mask hides what lies outside a
-        window, and whole layers can roll back by moving a length. Raises what the compiler raises.
+        Layers with sliding windows are stored in full, too: the mask hides what lies outside a window, and whole layers
+        can roll back by moving a length. Raises NotImplementedError for caches of another kind.
         """
-        kinds = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
         layers = DynamicCache(config=self.model.config).layers
-        if not kinds.issuperset(map(type, layers)):
+        if not {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}.issuperset(map(type, layers)):
             raise NotImplementedError(f"{self.model.config.model_type} needs a cache of its own kind")
         self.cache = Cache(layers=[layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers])
         # Read something before compiling: graphs need the storage at an address that never changes.
         self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
+
+    @torch.no_grad()
+    def compile(self, choose: Callable, tokens: int, uniform: Tensor | None = None, last: int = 1) -> None:
+        """Compile a step for a number of tokens, once; the cache must have a fixed size. Forgets the text.
+
+        The step is compiled whole, from the tokens to what is made of the logits, so that only this leaves it. Raises
+        what the compiler raises.
+        """
+        if (choose.__name__, tokens) in self.compiled:
+            return
+
+        def whole(ids: Tensor, uniform: Tensor | None) -> tuple[Tensor, ...]:
+            return choose(self.read(ids, last), ids, uniform)
+
         # What mode="reduce-overhead" means; and no guards. These would check before each step, for a millisecond, that
-        # nothing of the model has changed, which nothing does: the number of tokens chooses the function, see `_run`.
+        # nothing of the model has changed, which nothing does: the number of tokens chooses the function, see `step`.
         options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        for choose, last, numbers in steps:
-
-            def whole(ids: Tensor, uniform: Tensor | None, choose=choose, last=last) -> tuple[Tensor, ...]:
-                return choose(self.read(ids, last), ids, uniform)
-
-            for tokens in sorted(numbers):
-                step = torch.compile(whole, dynamic=False, isolate_recompiles=True, options=dict(options))
-                self.compiled[choose.__name__, tokens] = step
-                for _ in range(3):  # compile; capture a graph; replay it
-                    self.new_text()
-                    ids = torch.zeros(1, tokens, dtype=torch.long, device=self.device)
-                    self._run(choose, ids, uniform if last else None, last)
+        step = torch.compile(whole, dynamic=False, isolate_recompiles=True, options=options)
+        self.compiled[choose.__name__, tokens] = step
+        for _ in range(3):  # compile; capture a graph; replay it
+            self.new_text()
+            self.step(choose, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, last)
 
 
 # 2  Choosing tokens ---------------------------------------------------------------------------------------------------
 
 
 class Greedy:
-    """Always choose the likeliest token. A guess stands if it is that token.
+    """The rule that chooses the likeliest token. A guess stands if it is that token.
 
-    `next_token`, `guess` and `judge` make something of logits, as the steps of a CachedModel ask: they are given the
-    logits, [n, vocabulary], the ids that were read, [1, n], and as many random numbers as they need.
+    `next_token`, `guess` and `judge` are what a CachedModel's steps make of logits, [n, vocabulary]. They are given the
+    ids that were read, too, [1, n], and a random number, [1], if the rule draws.
     """
 
     def restart(self, number: int) -> None:
-        """Begin a text of this number. Nothing is left to chance here: there is nothing to do."""
+        """Begin the text of this number: what is drawn depends on nothing else."""
 
     def uniform(self, numbers: int) -> Tensor | None:
-        """So many random numbers between 0 and 1: none are needed here."""
+        """Random numbers in [0, 1), [numbers], in float32; None if the rule draws nothing."""
 
     def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor]:
         """The next token, [1, 1], from the logits before it, [1, vocabulary]."""
         return (logits.argmax(dim=-1, keepdim=True),)
 
     def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor, ...]:
-        """A draft's guess, [1, 1], and the draft's probability for it, [1], in float32."""
+        """A draft's guess, [1, 1], its probability, [1], and, if it was drawn, from what, [1, vocabulary]; float32."""
         logits = logits.float()
         best, token = logits.max(dim=-1, keepdim=True)
         return token, (best[0] - logits.logsumexp(dim=-1)).exp()
 
     def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
-        """What decides about guesses, here the main model's own choice at each place, [K+1]; their log-likelihood, [K].
+        """What decides about guesses, and their log-likelihood, [K], from the logits of a verify pass, ids [1, K+1].
 
-        logits: [K+1, vocabulary], after the text's last token and each guess, ids [1, K+1].
+        Here it is the main model's own choice at each place, [K+1].
         """
         return logits.argmax(dim=-1), log_likelihood(logits, ids)
 
-    def accept(self, choices: Tensor, guesses: Tensor, q: None) -> list[int]:
-        """The guesses before the first wrong one, and the main model's own token in its place, or behind them all.
+    def emit(self, verdict: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
+        """The guesses that stand, and one token of the main model's own. Reads from the device: the host waits.
 
-        choices: [K+1], of `judge`; guesses: [K].
+        verdict: of `judge`; guesses: [K]; q: what they were drawn from, [K, vocabulary], or None.
         """
-        read = torch.cat([guesses, choices]).tolist()
+        read = torch.cat([guesses, verdict]).tolist()
         d, g = read[: len(guesses)], read[len(guesses) :]
         n = next((i for i in range(len(d)) if d[i] != g[i]), len(d))
         return g[: n + 1]  # g1 … gn are d1 … dn
 
 
 class Sampling(Greedy):
-    """Draw tokens, from the model's distribution with a temperature, cut to the likeliest tokens."""
+    """The rule that draws tokens, from the model's distribution with a temperature, cut to the likeliest tokens.
+
+    Its methods take and return what those of the greedy rule do.
+    """
 
     def __init__(self, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0, device="cpu"):
-        """`top_k` 0 and `top_p` 1 cut nothing off. Texts of one seed and number are the same on one machine."""
+        """`top_k` 0 and `top_p` 1 cut nothing off. One seed and number give the same random numbers on one machine."""
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.generator = torch.Generator(device)
 
     def restart(self, number: int) -> None:
-        """Begin a text: its random numbers depend on the seed and its number alone."""
         self.generator.manual_seed(self.seed * 2**20 + number)
 
     def uniform(self, numbers: int) -> Tensor:
-        """So many random numbers in [0, 1), [numbers], in float32."""
         return torch.rand(numbers, generator=self.generator, device=self.generator.device)
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -343,29 +344,23 @@ class Sampling(Greedy):
         return probabilities
 
     def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor]:
-        """The next token, [1, 1], drawn with one random number, [1]."""
         return (draw(self.distribution(logits), uniform),)
 
     def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-        """A draft's guess, [1, 1], its probability, [1], and the distribution it is drawn from, [1, vocabulary]."""
         q = self.distribution(logits)
         token = draw(q, uniform)
         return token, q.gather(1, token)[0], q
 
     def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
-        """The main model's distribution at each place, [K+1, vocabulary], and the guesses' log-likelihood, [K]."""
+        """As above; here it is the main model's distribution at each place, [K+1, vocabulary]."""
         return self.distribution(logits), log_likelihood(logits, ids)
 
-    def accept(self, p: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
-        """The guesses that stand, and one token more, drawn so that the text has the main model's own distribution.
-
-        p: [K+1, vocabulary], of `judge`; guesses: [K]; q: what they were drawn from, [K, vocabulary], or None where
-        the draft drew nothing, but was certain.
-        """
-        if q is None:
-            q = torch.nn.functional.one_hot(guesses, p.shape[1]).to(p.dtype)
+    def emit(self, verdict: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
+        """As above: guesses stand or not by chance, and the text has the main model's own distribution."""
+        if q is None:  # the draft drew nothing: it was certain
+            q = torch.nn.functional.one_hot(guesses, verdict.shape[1]).to(verdict.dtype)
         uniforms = self.uniform(len(guesses) + 1)  # one for each decision: none is ever used twice
-        accepted, following = accept(p, q, guesses, uniforms[:-1])
+        accepted, following = accept(verdict, q, guesses, uniforms[:-1])
         n, token, *d = torch.cat([accepted, draw(following, uniforms[-1:])[0], guesses]).tolist()
         return [*d[:n], token]
 
@@ -470,7 +465,8 @@ def decode_alone(
 # d1 … d(K-1). It feeds the main model the text's last token and all guesses: it has now read the text and d1 … dK. If n
 # guesses stand, the text grows by d1 … dn and one token of the main model's own. So what each model has read too much
 # is, for both, K-n tokens. They roll back by so many, and the invariant holds again, for n = K as for any other n:
-# nothing is special about a round whose guesses all stand. And every pass has the same shape in every round.
+# nothing is special about a round whose guesses all stand. And with a fixed K every pass has the same shape in every
+# round.
 #
 # Only a round without any guess, which an automatic K allows, leaves the draft further behind: it reads on when it is
 # asked again.
@@ -483,7 +479,7 @@ class FixedLength:
         self.longest = longest
 
     def wants_another(self, confidences: list[Tensor | float]) -> bool:
-        """Whether to draft one more, given how probable the draft holds what this round has drafted, [1] each."""
+        """Whether to draft one more token. `confidences`: the draft's probabilities for this round's guesses."""
         return len(confidences) < self.longest
 
     def learn(self, drafted: int, accepted: int) -> None:
@@ -499,28 +495,28 @@ class ModelDraft:
 
     def new_text(self, prompt_ids: Tensor) -> None:
         """Begin with a prompt, [1, n]: read it without its last token."""
-        self.seen = prompt_ids.shape[1] - 1  # tokens of the text that the model has read
-        self.model.prefill(prompt_ids[:, :-1]) if self.seen else self.model.new_text()
+        self.has_read = prompt_ids.shape[1] - 1  # so many tokens of the text
+        self.model.prefill(prompt_ids[:, :-1]) if self.has_read else self.model.new_text()
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
         """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
         guesses, confidences, q = [], [], []
         while length.wants_another(confidences):
-            # First what it has not read, [1, 2], then each guess, [1, 1]. A fixed K: the host only queues work here.
-            unread = guesses[-1] if guesses else torch.tensor([text[self.seen :]], device=self.model.device)
+            # First what it has not read, [1, 2], then each guess, [1, 1], which never leaves the device.
+            unread = guesses[-1] if guesses else torch.tensor([text[self.has_read :]], device=self.model.device)
             guess, confidence, *distribution = self.model.step(self.rule.guess, unread, self.rule.uniform(1))
             guesses.append(guess)
             confidences.append(confidence)
             q += distribution
         if not guesses:
             return self.nothing, None
-        self.seen = len(text) + len(guesses) - 1
+        self.has_read = len(text) + len(guesses) - 1
         return torch.cat(guesses, dim=1), torch.cat(q) if q else None
 
     def roll_back(self, tokens: int) -> None:
         """Forget the latest guesses."""
         self.model.roll_back(tokens)
-        self.seen -= tokens
+        self.has_read -= tokens
 
 
 class NgramDraft:
@@ -536,13 +532,13 @@ class NgramDraft:
 
     def new_text(self, prompt_ids: Tensor) -> None:
         """Begin with a prompt: nothing to read yet."""
-        self.seen, self.follows = 1, {}  # the place behind the latest occurrence of some tokens
+        self.noted, self.follows = 1, {}  # up to a place in the text: what stands behind the latest of some tokens
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, None]:
         """Guess how the text goes on: up to K tokens, [1, K]; they are not drawn from anything."""
-        for place in range(self.seen, len(text)):
+        for place in range(self.noted, len(text)):
             self.follows |= {tuple(text[place - n : place]): place for n in self.HOPES if n <= place}
-        self.seen = len(text)
+        self.noted = len(text)
         matches = (n for n in self.HOPES if tuple(text[-n:]) in self.follows)
         guesses = []
         if matched := next(matches, None):
@@ -597,20 +593,21 @@ def decode_speculatively(
 
     rounds, log_likelihoods, marks = [], [], [mark(main.device)]
     while not ended:
-        # 1. Draft: K guesses, one after the other.
+        # 1. Draft: K guesses, one after the other. (What the host sends waits for all that the device has to do: so it
+        #    is sent before there is anything.)
+        last = torch.tensor([text[-1:]], device=main.device)
         guesses, q = draft.propose(text, length)  # [1, K]: d1 … dK; [K, vocabulary], if they were drawn
         marks.append(mark(main.device))
 
         # 2. Verify: one pass of the main model says what it would have written at each place itself.
-        last = torch.tensor([text[-1:]], device=main.device)
         verdict, of_guesses = main.verify(rule.judge, torch.cat([last, guesses], dim=1))  # [K+1, …]; [K]
         marks.append(mark(main.device))
 
-        # 3. Accept the guesses that stand, and one token of the main model's own. The one moment in a round when the
-        #    host waits for the device and reads from it.
-        own = rule.accept(verdict, guesses[0], q)
-        drafted, accepted = guesses.shape[1], len(own) - 1
-        emitted, ended = cut(own, room, end_ids)
+        # 3. Accept the guesses that stand, and one token of the main model's own. With a fixed K this is the one moment
+        #    in a round when the host waits for the device and reads from it.
+        emitted = rule.emit(verdict, guesses[0], q)
+        drafted, accepted = guesses.shape[1], len(emitted) - 1
+        emitted, ended = cut(emitted, room, end_ids)
         text += emitted
         room -= len(emitted)
 
@@ -645,7 +642,7 @@ def measure_costs(main: CachedModel, draft: CachedModel | None, rule: Greedy, pr
     """What passes cost on this machine, in seconds, by the number of tokens: medians, after a warm-up.
 
     Measured at the end of a prompt, [1, n]. The models alternate as they do in decoding: the main model drives the
-    draft's weights out of a processor's caches. draft_pass_s: 2, the first of a round, and 1, each further one.
+    draft's weights out of a processor's caches. A draft reads 2 tokens in a round's first pass, and 1 in each other.
     """
     widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
     costs = {"draft_pass_s": {1: [], 2: []}, "main_pass_s": {width: [] for width in widths}}
@@ -689,38 +686,41 @@ class AutoLength(FixedLength):
         verifying = numpy.interp(range(1, longest + 2), *zip(*sorted(costs["main_pass_s"].items()), strict=True))
         self.round_s = [sum(parts) for parts in zip(drafting, verifying.tolist(), strict=True)]  # by tokens drafted
         self.right, self.tested = 6.0, 8.0  # guesses of recent rounds; an assumption to begin with, as in the next line
-        self.seen = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # right, tested: by tenths of the probability
+        self.by_tenth = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # right, tested: by the guess's probability
         self.rest, self.next_rest = 0, 4  # rounds still to go without a draft; rounds of the next rest
-        self.learn(0, 0)
+        self.plan()
 
     def wants_another(self, confidences: list[Tensor | float]) -> bool:
         """As above; reads the latest probability from the device, so here the host waits for the draft."""
         if not confidences:
             self.tenths = []
             return self.rest == 0
-        self.tenths.append(self.seen[min(9, int(10 * float(confidences[-1])))])
+        self.tenths.append(self.by_tenth[min(9, int(10 * float(confidences[-1])))])
         all_right = math.prod(right / tested for right, tested in self.tenths)
         paid, *further = self.round_s[len(confidences) :]
         yields = itertools.accumulate(all_right * self.alpha**k for k in range(1, len(further) + 1))
         return any(tokens * self.worth_s > round_s - paid for tokens, round_s in zip(yields, further, strict=True))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Learn from a round; a draft that does not pay rests, twice as long each time."""
+        """Learn from a round that drafted."""
         if self.rest:
             self.rest -= 1
-            return
-        if drafted:
+        elif drafted:
             tested = min(accepted + 1, drafted)
             self.right, self.tested = 0.9 * self.right + accepted, 0.9 * self.tested + tested
             for index, tenth in enumerate(self.tenths[:tested]):
                 tenth[:] = 0.98 * tenth[0] + (index < accepted), 0.98 * tenth[1] + 1
+            self.plan()
+
+    def plan(self) -> None:
+        """What a token is worth by now; a draft that does not pay rests, twice as long each time."""
         self.alpha = self.right / self.tested
         yields = itertools.accumulate(self.alpha**k for k in range(self.longest + 1))
         self.worth_s, best = min((self.round_s[k] / tokens, k) for k, tokens in enumerate(yields))
-        if best == 0:
-            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
-        else:
+        if best:
             self.next_rest = 4
+        else:
+            self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
 
 
 # 5  Is the output the main model's own? -------------------------------------------------------------------------------
@@ -740,8 +740,13 @@ class Divergence:
     baseline_token: int | None  # None: the text had ended before
     speculative_token: int | None
     gap: float  # how far the logit of a token of the output lies below the best one there, at the worst place
-    noise: float  # how far logits move when the same text is read one token at a time instead of at once
+    noise: float  # how far logits move when the same text is read as the baseline reads it, not at once
     kind: str  # "tie": gap ≤ noise, the output is the main model's own within its rounding; "mismatch": it is not
+
+
+def as_they_are(logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor]:
+    """What a step makes of the logits if they are wanted themselves."""
+    return (logits,)
 
 
 @torch.no_grad()
@@ -751,7 +756,8 @@ def find_divergence(
     """Compare two outputs for one prompt, [1, n]; None if they are the same.
 
     The gap certifies every token of the speculative output, not only the first that differs: after a rounding flip,
-    too, each further token must be the best one, or tied with it, given all before.
+    too, each further token must be the best one, or tied with it, given all before. The noise is that of the steps
+    which were timed: where they are compiled, these are, too.
     """
     if baseline == speculative:
         return None
@@ -760,17 +766,17 @@ def find_divergence(
 
     output = torch.tensor([speculative], device=main.device)
     text = torch.cat([prompt_ids, output[:, :-1]], dim=1)
+    if main.lengths is not None:
+        main.compile(as_they_are, 1)
     main.new_text()
-    at_once = main.read(text, last=len(speculative))  # [new tokens, vocabulary]
-    gap = (at_once.amax(dim=-1).float() - at_once.gather(1, output[0, :, None])[:, 0].float()).max().item()
+    at_once = main.read(text, last=len(speculative)).float()  # [new tokens, vocabulary]
+    gap = (at_once.amax(dim=-1) - at_once.gather(1, output[0, :, None])[:, 0]).max().item()
 
     main.new_text()
     if prompt_ids.shape[1] > 1:
         main.read(prompt_ids[:, :-1], last=1)
-    one_by_one = text[:, -len(speculative) :].split(1, dim=1)
-    noise = max(
-        (at_once[i].float() - main.read(token)[0].float()).abs().max().item() for i, token in enumerate(one_by_one)
-    )
+    steps = (main.step(as_they_are, token)[0][0] for token in text[:, -len(speculative) :].split(1, dim=1))
+    noise = max((row - alone.float()).abs().max().item() for row, alone in zip(at_once, steps, strict=True))
 
     # One text a mere beginning of the other: no rounding makes a loop stop early, or go on behind the end.
     kind = "tie" if gap <= noise and index < shorter else "mismatch"
@@ -794,11 +800,18 @@ class Prompt:
 
 @dataclasses.dataclass
 class Measured:
-    """What became of one prompt with one method."""
+    """What one method did with one prompt."""
 
-    run: Decoded  # of all repeats, the one with the median latency
-    latencies_s: list[float]  # of all repeats
-    divergence: Divergence | None = None  # from the baseline's output
+    runs: list[Decoded]  # the repeats, the fastest first
+    divergence: Divergence | None = None  # from the baseline's output: the worst of all repeats
+
+    def __post_init__(self):
+        self.runs.sort(key=lambda run: run.latency_s / len(run.token_ids))  # drawn texts may differ in length
+
+    @property
+    def run(self) -> Decoded:
+        """The one that counts: the median; of an even number, the faster of the middle two."""
+        return self.runs[(len(self.runs) - 1) // 2]
 
 
 @torch.no_grad()
@@ -862,26 +875,25 @@ def measure(
     The first method is the baseline: if `compare`, the others' outputs are compared with its. `announce` is told the
     prompt and the method before each run, outside the timed part.
     """
+    names, warm = list(methods), False
     for index, prompt in enumerate(prompts):
         try:
-            for _ in range(0 if index else warmup):  # memory is allocated, kernels are loaded, clocks speed up
-                for name, method in methods.items():
-                    announce(prompt, f"warm-up, {name}")
-                    method(prompt)
-            runs = {name: [] for name in methods}
+            for name in names * (0 if warm else warmup):  # memory is allocated, kernels are loaded, clocks speed up
+                announce(prompt, f"warm-up, {name}")
+                methods[name](prompt)
+            warm = True
+            runs = {name: [] for name in names}
             for repeat in range(repeats):
-                order = list(methods) if (index + repeat) % 2 == 0 else list(methods)[::-1]  # none always goes first
-                for name in order:
+                first = (index + repeat) % len(names)  # they take turns at being the first
+                for name in names[first:] + names[:first]:
                     announce(prompt, name)
                     runs[name].append(methods[name](prompt))
-            results = {}
-            for name, done in runs.items():
-                # The run with the median latency counts; of an even number of runs, the faster of the middle two.
-                run = sorted(done, key=lambda run: run.latency_s)[(repeats - 1) // 2]
-                results[name] = Measured(run, [run.latency_s for run in done])
-                if compare:
-                    own = next(iter(results.values())).run.token_ids
-                    results[name].divergence = find_divergence(main, prompt.ids, own, run.token_ids)
+            results = {name: Measured(repeats) for name, repeats in runs.items()}
+            own = results[names[0]].run.token_ids
+            for result in [results[name] for name in names[1:]] if compare else []:
+                outputs = {tuple(run.token_ids): run.token_ids for run in result.runs}.values()
+                parted = filter(None, [find_divergence(main, prompt.ids, own, output) for output in outputs])
+                result.divergence = max(parted, key=lambda one: (one.kind == "mismatch", one.gap), default=None)
             yield results
         except RuntimeError as error:  # above all: out of memory. The next prompt may be shorter.
             yield first_line(error)
@@ -935,17 +947,17 @@ def speedup_percent(baseline: dict, speculative: dict) -> float | None:
 
 
 def promised_percent(
-    alpha: float | None, drafted: float | None, draft_cost: float | None, verify_cost: float | None
+    alpha: float | None, lengths: list[int], draft_cost: float | None, verify_cost: float | None
 ) -> float | None:
     """The speedup in percent that theory promises: Leviathan et al. 2023, theorem 3.8, which has verify_cost = 1.
 
-    A round that drafts K tokens (their mean, where it varies) gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and
-    costs K draft steps and one verify pass, each in units of one baseline step. None if any of these is unknown.
+    A round that drafts K tokens gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and costs K draft steps and one
+    verify pass, each in units of one baseline step. lengths: K of each round. None if any of these is unknown.
     """
-    if None in (alpha, drafted, draft_cost, verify_cost):
+    if None in (alpha, draft_cost, verify_cost):
         return None
-    tokens = drafted + 1 if alpha == 1 else (1 - alpha ** (drafted + 1)) / (1 - alpha)
-    return 100 * (tokens / (drafted * draft_cost + verify_cost) - 1)
+    tokens = sum(k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha) for k in lengths)
+    return 100 * (tokens / sum(k * draft_cost + verify_cost for k in lengths) - 1)
 
 
 def speedup_interval(baselines: list[Measured], results: list[Measured]) -> list[float] | None:
@@ -953,44 +965,47 @@ def speedup_interval(baselines: list[Measured], results: list[Measured]) -> list
 
     Drawn anew, with replacement, 2,000 times: the prompts, and for each the repeats of each method.
     """
-    if len(baselines[0].latencies_s) < 2:
+    repeats = len(baselines[0].runs)
+    if repeats < 2:
         return None
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(len(results), (2000, len(results)), generator=generator)
 
     def tokens_per_s(of: list[Measured]) -> Tensor:
-        latencies = torch.tensor([result.latencies_s for result in of])[picked]  # [2000, prompts, repeats]
-        repeats = torch.randint(latencies.shape[2], latencies.shape, generator=generator)
-        tokens = torch.tensor([len(result.run.token_ids) for result in of])[picked]
-        return tokens.sum(dim=1) / latencies.gather(2, repeats).median(dim=2).values.sum(dim=1)
+        drawn = torch.randint(repeats, (2000, len(of), repeats), generator=generator)
+        median = drawn.median(dim=2).values  # [2000, prompts]: the runs are in order, and so are their numbers
+        tokens = torch.tensor([[len(run.token_ids) for run in result.runs] for result in of])
+        seconds = torch.tensor([[run.latency_s for run in result.runs] for result in of])
+        return tokens[picked, median].sum(dim=1) / seconds[picked, median].sum(dim=1)
 
     gains = 100 * (tokens_per_s(results) / tokens_per_s(baselines) - 1)
     return gains.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def report_prompt(prompt: Prompt, baseline: Measured, result: Measured, key: str, sampled: bool, tokenizer) -> dict:
-    """What the baseline and another method, called `key`, did with one prompt: as it stands in the JSON."""
+def report_prompt(prompt: Prompt, results: dict[str, Measured] | str, name: str, key: str, sampled, tokenizer) -> dict:
+    """What the baseline and the method `name` did with one prompt, or why it failed: as it stands in the JSON."""
+    report = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1]}
+    report |= {"category": prompt.category, "question_id": prompt.question_id}
+    report |= dict.fromkeys(("baseline", key, "speedup_percent", "identical", "divergence", "error"))
+    if isinstance(results, str):
+        return report | {"error": results}
 
     def output(of: Measured) -> dict:
         text = tokenizer.decode(of.run.token_ids, skip_special_tokens=True)
-        spread = {"latency_min_s": min(of.latencies_s), "latency_max_s": max(of.latencies_s)}
+        latencies = [run.latency_s for run in of.runs]
+        spread = {"latency_min_s": min(latencies), "latency_max_s": max(latencies)}
         first = {"first_token_s": of.run.first_token_s or None}
         return speed([of.run]) | spread | first | {"text": text, "token_ids": of.run.token_ids}
 
-    return describe_prompt(prompt) | {
-        "baseline": output(baseline),
-        key: output(result) | acceptance([result.run]),
-        "speedup_percent": speedup_percent(speed([baseline.run]), speed([result.run])),
-        "identical": None if sampled else result.divergence is None,
-        "divergence": result.divergence and dataclasses.asdict(result.divergence),
-        "error": None,
-    }
-
-
-def describe_prompt(prompt: Prompt) -> dict:
-    """What the JSON says of a prompt itself."""
-    said = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1]}
-    return said | {key: getattr(prompt, key) for key in ("category", "question_id")}
+    baseline, result = results["baseline"], results[name]
+    report["baseline"], report[key] = output(baseline), output(result) | acceptance([result.run])
+    report["speedup_percent"] = speedup_percent(report["baseline"], report[key])
+    if not sampled:
+        report["identical"] = result.divergence is None
+    if result.divergence:
+        report["divergence"] = dataclasses.asdict(result.divergence)
+        report["divergence"] |= {of: ratio(report["divergence"][of], 1) for of in ("gap", "noise")}
+    return report
 
 
 def summarise(baselines: list[Measured], results: list[Measured], key: str, sampled=False, steps=True) -> dict:
@@ -1003,7 +1018,7 @@ def summarise(baselines: list[Measured], results: list[Measured], key: str, samp
     draft_step_s = ratio(method["draft_s"], method["drafted"]) if steps else None
     verify_pass_s = ratio(method["verify_s"], method["rounds"])
     draft_cost, verify_cost = ratio(draft_step_s, step_s), ratio(verify_pass_s, step_s)
-    rates = method["alpha"], method["drafted_per_round"], draft_cost
+    rates = method["alpha"], [drafted for run in runs for drafted, _ in run.rounds], draft_cost
     kinds = [result.divergence and result.divergence.kind for result in results]
     return {
         "baseline": baseline,
@@ -1193,7 +1208,8 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
     parted.sort(key=lambda one: one[0]["kind"])  # the bad news first
     for divergence, number in parted[:10]:
         where = f"Prompt {number} parts from the baseline at new token {divergence['index'] + 1}"
-        figures = f"gap {divergence['gap']:.3g}, rounding noise {divergence['noise']:.3g}"
+        gap, noise = ("–" if divergence[of] is None else f"{divergence[of]:.3g}" for of in ("gap", "noise"))
+        figures = f"gap {gap}, rounding noise {noise}"
         if divergence["kind"] == "tie":
             lines.append(f"{where} at a tie ({figures}): the main model's own within its rounding.")
         else:
@@ -1280,6 +1296,8 @@ def choose_device(wanted: str, state: accelerate.PartialState) -> torch.device:
         return state.device if state.num_processes > 1 else accelerator
     with trying(f"use the device {wanted!r}", f"PyTorch finds {accelerator} here: use --device auto"):
         (probe := torch.zeros(1, device=wanted)).item()
+        if probe.device.type != "cpu":
+            torch.accelerator.set_device_index(probe.device)  # the one whose events `mark` records
         return probe.device
 
 
@@ -1522,6 +1540,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.demo and (options.main or options.draft not in (None, "ngram")):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
+    if 0 < options.temperature < 0.001:
+        parser.error("--temperature is 0 or at least 0.001: less is rounded away")
+    if options.device_map and options.compile == "on":
+        parser.error("--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on")
     if options.max_memory:
         try:
             accelerate.utils.convert_file_size_to_int(options.max_memory)
@@ -1566,7 +1588,7 @@ def encode_all(
 ) -> tuple[list[Prompt], str | None]:
     """The prompts that fit into the context, with their ids; and what must be said of the others. Raises CannotRun."""
     chat = not options.no_chat_template and tokenizer.chat_template is not None
-    room = options.max_new_tokens + longest(options) - 1  # the last round may draft beyond the last new token
+    room = options.max_new_tokens + longest(options)  # the last round may draft beyond the last new token
     fitting, lengths = [], []
     for prompt in prompts:
         ids = encode(tokenizer, prompt.text, chat)
@@ -1626,20 +1648,38 @@ def load_pair(options: argparse.Namespace, device: torch.device, scratch: str, e
     return models["main"], draft, rule, tokenizer, prompts
 
 
-def compile_pair(options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int) -> None:
-    """Compile the steps of both models, for the numbers of tokens that come up. Raises what the compiler raises."""
+def compile_pair(
+    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int, errors: Console
+) -> tuple:
+    """The main model and the draft with compiled steps, for the numbers of tokens that come up; eager if that fails."""
+    errors.print("Compiling …", style="dim")
+    start = time.perf_counter()
     capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
-    widths = {1, *(LONGEST_AUTO + 1 if length == "auto" else length + 1 for length in options.draft_tokens)}
-    main.compile(capacity, [(rule.next_token, 1, {1}), (rule.judge, 0, widths)], rule.uniform(1))
-    if isinstance(draft, ModelDraft):
-        draft.model.compile(capacity, [(rule.guess, 1, {1, 2})], rule.uniform(1))
+    try:
+        main.fix_size(capacity)
+        main.compile(rule.next_token, 1, rule.uniform(1))
+        for length in {0, *(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)}:
+            main.compile(rule.judge, length + 1, last=0)
+        if isinstance(draft, ModelDraft):
+            draft.model.fix_size(capacity)
+            for tokens in (1, 2):
+                draft.model.compile(rule.guess, tokens, rule.uniform(1))
+    except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
+        errors.print(f"warning: compiling failed, running eagerly: {first_line(error)}")
+        options.compile = "off"
+        main = CachedModel(main.model, main.vocabulary, main.device)
+        if isinstance(draft, ModelDraft):
+            draft = ModelDraft(CachedModel(draft.model.model, main.vocabulary, main.device), rule)
+    options.compile_s = time.perf_counter() - start
+    return main, draft
 
 
 def choose_methods(
-    options: argparse.Namespace, main: CachedModel, draft: ModelDraft | NgramDraft, rule: Greedy, prompt_ids: Tensor
+    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, prompt_ids: Tensor, errors: Console
 ) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict]]:
     """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON."""
     limits = (options.max_new_tokens, set() if options.ignore_eos else end_tokens(main.model))
+    model = getattr(draft, "model", None)
 
     def method(decode: Callable, *settings) -> Callable[[Prompt], Decoded]:
         return lambda prompt: decode(main, *settings, prompt.ids, *limits, prompt.number)
@@ -1647,18 +1687,20 @@ def choose_methods(
     methods, parts = {"baseline": method(decode_alone, rule)}, {}
     for length in options.draft_tokens:
         name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
-        chooser = None if length == "auto" else FixedLength(length)
         if length == "auto":
-            costs = measure_costs(main, getattr(draft, "model", None), rule, prompt_ids, LONGEST_AUTO)
-            chooser, part["costs"] = AutoLength(LONGEST_AUTO, costs), costs
+            part["costs"] = measure_costs(main, model, rule, prompt_ids, LONGEST_AUTO)
+        chooser = AutoLength(LONGEST_AUTO, part["costs"]) if length == "auto" else FixedLength(length)
         methods[name], parts[name] = method(decode_speculatively, draft, rule, chooser), part
     if options.compare:
         others = {"transformers generate()": (None, None)}
-        for length in options.draft_tokens:
-            others[f"transformers assisted, K = {length}"] = (draft, length)
+        sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
+        if sizes[0] == sizes[1]:
+            others |= {f"transformers assisted, K = {length}": (draft, length) for length in options.draft_tokens}
+        else:
+            why = f"its vocabularies are padded differently, to {sizes[0]:,} and {sizes[1]:,} tokens"
+            errors.print(f"warning: transformers' assisted generation refuses this pair ({why}): left out")
         for name, (helper, length) in others.items():
-            k = None if length == "auto" else length
-            methods[name] = method(decode_by_transformers, helper, rule, k)
+            methods[name] = method(decode_by_transformers, helper, rule, None if length == "auto" else length)
             parts[name] = {"method": name, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
     return methods, parts
 
@@ -1668,26 +1710,25 @@ def add_results(
 ) -> None:
     """Add to each method's part of the JSON what became of a prompt, and bring its summaries up to date."""
     sampled = bool(options.temperature)
-    if isinstance(results, str):
-        nothing = dict.fromkeys(("baseline", "speculative", "speedup_percent", "identical", "divergence"))
-        for part in parts.values():
-            part["prompts"].append(describe_prompt(prompt) | nothing | {"error": results})
-        return
-    now_done = [*done, (prompt, results)]
+    if isinstance(results, dict):
+        done.append((prompt, results))
+    alike = [each for other, each in done if other.category == prompt.category]
     for name, part in parts.items():
         key = "compared" if "method" in part else "speculative"
-        report = report_prompt(prompt, results["baseline"], results[name], key, sampled, tokenizer)
-        part["prompts"].append(report)
-
-        def summary(of: list, key=key, name=name) -> dict:
-            both = [[results[method] for _, results in of] for method in ("baseline", name)]
-            return summarise(*both, key, sampled, options.draft != "ngram")
-
-        part["summary"] = summary(now_done)
-        if prompt.category is not None:
-            alike = [one for one in now_done if one[0].category == prompt.category]
-            part["categories"][prompt.category] = summary(alike)
-    done.append(now_done[-1])
+        part["prompts"].append(report_prompt(prompt, results, name, key, sampled, tokenizer))
+        if isinstance(results, dict):
+            part["summary"], of_category = (
+                summarise(
+                    [each["baseline"] for each in group],
+                    [each[name] for each in group],
+                    key,
+                    sampled,
+                    steps=options.draft != "ngram",
+                )
+                for group in ([each for _, each in done], alike)
+            )
+            if prompt.category is not None:
+                part["categories"][prompt.category] = of_category
 
 
 def describe(console: Console, options: argparse.Namespace, environment: dict, models: list[CachedModel], prompts: int):
@@ -1748,17 +1789,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
         console.print(notice)
     main, draft, rule, tokenizer, prompts = load_pair(options, device, scratch, errors)
     if options.compile == "on":
-        errors.print("Compiling …", style="dim")
-        start = time.perf_counter()
-        try:
-            compile_pair(options, main, draft, rule, max(prompt.ids.shape[1] for prompt in prompts))
-        except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
-            errors.print(f"warning: compiling failed, running eagerly: {first_line(error)}")
-            options.compile = "off"
-            main = CachedModel(main.model, main.vocabulary, device)
-            if isinstance(draft, ModelDraft):
-                draft = ModelDraft(CachedModel(draft.model.model, main.vocabulary, device), rule)
-        options.compile_s = time.perf_counter() - start
+        main, draft = compile_pair(options, main, draft, rule, max(prompt.ids.shape[1] for prompt in prompts), errors)
 
     environment = {
         "device": device.type,
@@ -1770,7 +1801,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    methods, parts = choose_methods(options, main, draft, rule, prompts[0].ids)
+    with trying("decode with this pair", "lower --max-new-tokens, or take a smaller pair"):
+        methods, parts = choose_methods(options, main, draft, rule, prompts[0].ids, errors)
     ours = [part for part in parts.values() if "method" not in part]
     compared = [part for part in parts.values() if "method" in part]
     report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": compared}

@@ -158,7 +158,7 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
 
 
 def measured(divergence=None):
-    return sd.Measured(sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3), [1.0], divergence)
+    return sd.Measured([sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3)], divergence)
 
 
 def test_a_tie_is_shown_with_its_figures():

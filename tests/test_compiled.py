@@ -14,14 +14,16 @@ NEW = 20
 
 def compiled(model, rule, *steps):
     cached = sd.CachedModel(model)
-    cached.compile(max(map(len, PROMPTS)) + NEW + 5, [step for step in steps], rule.uniform(1))
+    cached.fix_size(max(map(len, PROMPTS)) + NEW + 5)
+    for choose, tokens, last in steps:
+        cached.compile(choose, tokens, rule.uniform(1) if last else None, last)
     return cached
 
 
 def compiled_pair(rule):
     model = make_model("gemma2")
-    main = compiled(model, rule, (rule.next_token, 1, {1}), (rule.judge, 0, {1, 5}))
-    return model, like(model, 0.05), main, compiled(like(model, 0.05), rule, (rule.guess, 1, {1, 2}))
+    main = compiled(model, rule, (rule.next_token, 1, 1), (rule.judge, 1, 0), (rule.judge, 5, 0))
+    return model, like(model, 0.05), main, compiled(like(model, 0.05), rule, (rule.guess, 1, 1), (rule.guess, 2, 1))
 
 
 def test_compiled_is_exact_and_never_compiles_again(monkeypatch):

@@ -186,7 +186,7 @@ def test_every_figure_against_a_cacheless_reference(family, noise, k):
 
 def run_of(tokens, latency, first, rounds=(), prefill_s=0.0, draft_s=0.0, verify_s=0.0):
     run = sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, prefill_s, draft_s, verify_s)
-    return sd.Measured(run, [latency])
+    return sd.Measured([run])
 
 
 def test_the_summary_by_hand():
@@ -207,7 +207,9 @@ def test_the_summary_by_hand():
     assert (summary["identical"], summary["ties"], summary["mismatches"]) == (1, 1, 0)
     assert counts["drafted_per_round"] == 3 and counts["drafted_histogram"] == {"3": 15}
     assert counts["other_s"] == pytest.approx(3.0 - 0.3 - 0.9 - 1.65)
-    assert sd.promised_percent(1.0, 3, 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
+    assert sd.promised_percent(1.0, [3], 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
+    mixed = 100 * ((1 + 1.5) / (0 * 0.1 + 1 * 0.1 + 2 * 1.2) - 1)  # a round that drafts none, and one that drafts 1
+    assert sd.promised_percent(0.5, [0, 1], 0.1, 1.2) == pytest.approx(mixed)
     assert summary["speedup_interval_percent"] is None  # one repeat: no claim
 
 
@@ -217,14 +219,14 @@ def test_figures_that_cannot_be_had_are_none(llama):
     figures = sd.acceptance([one])
     assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
     baseline = alone(llama, PROMPT, 1)
-    summary = sd.summarise(*([sd.Measured(run, [run.latency_s])] for run in (baseline, one)), "speculative")
+    summary = sd.summarise(*([sd.Measured([run])] for run in (baseline, one)), "speculative")
     assert summary["predicted_speedup_percent"] is None
     assert sd.ratio(math.inf, 2) is None
 
 
 def test_the_interval_covers_the_spread_and_little_else():
     def repeated(latencies, tokens=100):
-        return sd.Measured(sd.Decoded(list(range(tokens)), sorted(latencies)[1]), list(latencies))
+        return sd.Measured([sd.Decoded(list(range(tokens)), latency) for latency in latencies])
 
     exact = sd.speedup_interval([repeated([2.0, 2.0, 2.0])] * 4, [repeated([1.0, 1.0, 1.0])] * 4)
     assert exact == pytest.approx([100.0, 100.0])
@@ -262,7 +264,7 @@ def test_methods_take_turns_and_the_median_counts(llama):
     assert [name for number, name in order[2:] if number == 1] == [b, o, o, b, b, o]
     assert [name for number, name in order[2:] if number == 2] == [o, b, b, o, o, b]
     assert [(r[b].run.latency_s, r[o].run.latency_s) for r in results] == [(4.0, 2.0), (7.0, 1.0)]
-    assert results[0][b].latencies_s == [3.0, 4.0, 6.0] and results[0][o].latencies_s == [1.0, 2.0, 5.0]
+    assert [run.latency_s for run in results[0][b].runs] == [3.0, 4.0, 6.0]
     assert all(result[o].divergence is None for result in results)
 
 

@@ -127,9 +127,9 @@ def test_probabilities_are_put_right_by_what_became_of_them():
     chooser.wants_another(confidences(0.95, 0.31))
     chooser.wants_another(confidences(0.95, 0.31, 0.77))
     chooser.learn(3, 1)  # the first was right, the second wrong, the third never tested
-    assert chooser.seen[9] == pytest.approx([0.98 * 0.95 * 2 + 1, 0.98 * 2 + 1])
-    assert chooser.seen[3] == pytest.approx([0.98 * 0.35 * 2, 0.98 * 2 + 1])
-    assert chooser.seen[7] == pytest.approx([0.75 * 2, 2.0])
+    assert chooser.by_tenth[9] == pytest.approx([0.98 * 0.95 * 2 + 1, 0.98 * 2 + 1])
+    assert chooser.by_tenth[3] == pytest.approx([0.98 * 0.35 * 2, 0.98 * 2 + 1])
+    assert chooser.by_tenth[7] == pytest.approx([0.75 * 2, 2.0])
     assert chooser.alpha == pytest.approx((0.9 * 6 + 1) / (0.9 * 8 + 2))
 
 

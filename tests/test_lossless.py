@@ -29,7 +29,7 @@ def broken_loop(*replacement):
 
 
 def broken_rule(*replacement):
-    return {"rule": type("Broken", (sd.Greedy,), {"accept": planted(sd.Greedy.accept, replacement)})()}
+    return {"rule": type("Broken", (sd.Greedy,), {"emit": planted(sd.Greedy.emit, replacement)})()}
 
 
 BUGS = {

@@ -221,7 +221,7 @@ def with_rule(**methods):
 
 def with_accept(*replacements):
     """A rule whose `accept` calls a function of that name with a mistake."""
-    method = planted(sd.Sampling.accept)
+    method = planted(sd.Sampling.emit)
     method.__globals__["accept"] = planted(sd.accept, *replacements)
     return with_rule(accept=method)
 
@@ -229,7 +229,7 @@ def with_accept(*replacements):
 def without_normalising():
     rule = with_accept(("surplus / total", "surplus"))
     bounded = ("keepdim=True)", f"keepdim=True).clamp(max={TINY - 1})")
-    rule.accept.__func__.__globals__["draw"] = planted(sd.draw, ("uniform * up_to[:, -1:]", "uniform"), bounded)
+    rule.emit.__func__.__globals__["draw"] = planted(sd.draw, ("uniform * up_to[:, -1:]", "uniform"), bounded)
     return rule
 
 
@@ -245,7 +245,7 @@ MISTAKES = {
         ("p_there = p.index_select(0, accepted)", "p_there = p.index_select(0, accepted.clamp(max=len(q) - 1))")
     ),
     "one random number for two tokens": lambda: with_rule(
-        accept=planted(sd.Sampling.accept, ("uniforms[-1:]", "uniforms[:1]"))
+        emit=planted(sd.Sampling.emit, ("uniforms[-1:]", "uniforms[:1]"))
     ),
     "top-p for the draft only": lambda: with_rule(
         judge=planted(sd.Sampling.judge, ("self.distribution(logits)", "(logits / self.temperature).softmax(dim=-1)"))
