@@ -57,6 +57,9 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
+if __name__ == "__main__":  # what follows takes seconds to import: Ctrl-C ends the program quietly in these, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import accelerate
 import huggingface_hub
 import numpy
@@ -895,7 +898,7 @@ def measure(
                 parted = filter(None, [find_divergence(main, prompt.ids, own, output) for output in outputs])
                 result.divergence = max(parted, key=lambda one: (one.kind == "mismatch", one.gap), default=None)
             yield results
-        except RuntimeError as error:  # above all: out of memory. The next prompt may be shorter.
+        except Exception as error:  # above all: out of memory. The next prompt may be shorter.
             yield first_line(error)
 
 
@@ -905,10 +908,21 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return quotient if math.isfinite(quotient) else None
 
 
-def speed(runs: list[Decoded]) -> dict:
-    """New tokens, latency in seconds (the mean over the runs), tokens per second (all tokens / all seconds)."""
-    new_tokens, seconds = sum(len(run.token_ids) for run in runs), sum(run.latency_s for run in runs)
-    return {"new_tokens": new_tokens, "latency_s": seconds / len(runs), "tokens_per_s": ratio(new_tokens, seconds)}
+def speed(results: list[Measured]) -> dict:
+    """New tokens, latency in seconds (the mean over the prompts), tokens per second (all tokens / all seconds).
+
+    Also what the latency would be if of all repeats always the fastest counted, or the slowest.
+    """
+    new_tokens = sum(len(result.run.token_ids) for result in results)
+    seconds = sum(result.run.latency_s for result in results)
+    latencies = [[run.latency_s for run in result.runs] for result in results]
+    return {
+        "new_tokens": new_tokens,
+        "latency_s": seconds / len(results),
+        "tokens_per_s": ratio(new_tokens, seconds),
+        "latency_min_s": statistics.mean(map(min, latencies)),
+        "latency_max_s": statistics.mean(map(max, latencies)),
+    }
 
 
 def acceptance(runs: list[Decoded]) -> dict:
@@ -984,7 +998,7 @@ def speedup_interval(baselines: list[Measured], results: list[Measured]) -> list
 
 def report_prompt(prompt: Prompt, results: dict[str, Measured] | str, name: str, key: str, sampled, tokenizer) -> dict:
     """What the baseline and the method `name` did with one prompt, or why it failed: as it stands in the JSON."""
-    report = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1]}
+    report = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1], "number": prompt.number}
     report |= {"category": prompt.category, "question_id": prompt.question_id}
     report |= dict.fromkeys(("baseline", key, "speedup_percent", "identical", "divergence", "error"))
     if isinstance(results, str):
@@ -992,10 +1006,8 @@ def report_prompt(prompt: Prompt, results: dict[str, Measured] | str, name: str,
 
     def output(of: Measured) -> dict:
         text = tokenizer.decode(of.run.token_ids, skip_special_tokens=True)
-        latencies = [run.latency_s for run in of.runs]
-        spread = {"latency_min_s": min(latencies), "latency_max_s": max(latencies)}
         first = {"first_token_s": of.run.first_token_s or None}
-        return speed([of.run]) | spread | first | {"text": text, "token_ids": of.run.token_ids}
+        return speed([of]) | first | {"text": text, "token_ids": of.run.token_ids}
 
     baseline, result = results["baseline"], results[name]
     report["baseline"], report[key] = output(baseline), output(result) | acceptance([result.run])
@@ -1012,7 +1024,7 @@ def summarise(baselines: list[Measured], results: list[Measured], key: str, samp
     """The same over several prompts, and what theory promises; `steps`: if the draft is a model, whose steps cost."""
     alone = [result.run for result in baselines]
     runs = [result.run for result in results]
-    baseline, method = speed(alone), speed(runs) | acceptance(runs)
+    baseline, method = speed(baselines), speed(results) | acceptance(runs)
     decoding_s = sum(run.latency_s - run.first_token_s for run in alone)
     step_s = ratio(decoding_s, sum(len(run.token_ids) - 1 for run in alone))
     draft_step_s = ratio(method["draft_s"], method["drafted"]) if steps else None
@@ -1048,10 +1060,10 @@ def figure(value: float | None) -> str:
 
 def percent(value: float | None, sign: str = "") -> str:
     """A percentage without decimals, sign="+" with a plus sign; a dash for None."""
-    return "–" if value is None else f"{value:{sign}.0f} %"
+    return "–" if value is None else f"{round(value):{sign}} %"
 
 
-# Heading and width of each column; the prompt has what is left of the line, 12 columns of 80.
+# Heading and width of each column; the prompt has what is left of the line: of 80 columns, 10.
 COLUMNS = [("#", 3), ("prompt", 0), ("tokens", 6), ("s", 6), ("tok/s", 6), ("s", 6), ("tok/s", 6)]
 COLUMNS += [("faster", 7), ("accept", 6), ("log-l.", 6), ("same", 7)]
 
@@ -1083,8 +1095,12 @@ def print_reports(console: Console, number: str, title: str, reports: dict[str, 
     if first.get("error"):
         console.print(Text(f"{number:>3} {plain(title)[:40]}: {plain(first['error'])}", style="red"))
         return
+
+    def tokens(of: dict) -> str:  # in the averages, too, those of a prompt
+        return f"{of['latency_s'] * (of['tokens_per_s'] or 0):.0f}"
+
     baseline = [figure(first["baseline"][key]) for key in ("latency_s", "tokens_per_s")]
-    start = [number, plain(title), str(first["baseline"]["new_tokens"]), *baseline]
+    start = [number, plain(title), tokens(first["baseline"]), *baseline]
     if not single:
         print_row(console, start + [""] * 6)
     for name, report in reports.items():
@@ -1097,26 +1113,27 @@ def print_reports(console: Console, number: str, title: str, reports: dict[str, 
         else:
             kind = "yes" if report["identical"] else report["divergence"]["kind"]
             same = {"yes": Text("yes", "green"), "tie": Text("tie", "yellow"), "mismatch": Text("NO", "bold red")}[kind]
-        cells = start if single and report is first else ["", f"  {name}", str(method["new_tokens"]), "", ""]
+        cells = start if single and report is first else ["", name, tokens(method), "", ""]
         cells = [*cells, figure(method["latency_s"]), figure(method["tokens_per_s"])]
         cells.append(Text(percent(faster, "+"), "green" if (faster or 0) > 0 else "red"))
         cells += ["", ""] if rate is None else [percent(100 * rate), figure(mean)]  # no draft, or none of ours
         print_row(console, [*cells, same])
 
 
-def print_summaries(console: Console, title: str, summaries: dict[str, dict]) -> None:
+def print_summaries(console: Console, title: str, summaries: list[tuple[str, dict]]) -> None:
     """Print a table that compares summaries, of draft lengths or categories: what each gained, and why."""
     table = Table(box=None, padding=(0, 1), title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="ellipsis", no_wrap=True)
-    for heading in ("tok/s", "faster", "predicted", "accept", "tokens/round", "draft step", "verify pass"):
+    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=console.width - 64)
+    costs = ("draft step", "verify pass") if console.width >= 100 else ()  # the last to be missed
+    for heading in ("tok/s", "faster", "predicted", "accept", "tokens/round", *costs):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, summary in summaries.items():
+    for name, summary in summaries:
         counts, rate = summary["speculative"], summary["speculative"]["acceptance_rate"]
         gains = [percent(summary[key], "+") for key in ("speedup_percent", "predicted_speedup_percent")]
-        steps = [summary[key] and f"{figure(1000 * summary[key])} ms" for key in ("draft_step_s", "verify_pass_s")]
         cells = [figure(counts["tokens_per_s"]), *gains, percent(rate and 100 * rate)]
-        cells += [figure(counts["tokens_per_round"]), *steps]
-        table.add_row(Text(plain(name)), *[cell or "–" for cell in cells])
+        cells.append(figure(counts["tokens_per_round"]))
+        steps = [summary[key] and f"{figure(1000 * summary[key])} ms" for key in ("draft_step_s", "verify_pass_s")]
+        table.add_row(Text(plain(name)), *[cell or "–" for cell in [*cells, *steps][: 5 + len(costs)]])
     console.print(table)
 
 
@@ -1141,27 +1158,36 @@ def print_chart(console: Console, runs: list[dict]) -> None:
 
 def print_text(console: Console, tokenizer, run: Decoded) -> None:
     """Print what was written, each token by where it comes from: in colours, or, without them, in marks."""
-    origins = ["own"]  # the first token, from reading the prompt
-    for drafted, accepted in run.rounds:
-        origins += ["draft"] * accepted + ["own" if accepted < drafted else "bonus" if drafted else "plain"]
-    styles = {"draft": "green", "own": "bold red", "bonus": "cyan", "plain": ""}
-    marks = {"draft": "{}", "own": "«{}»", "bonus": "‹{}›", "plain": "{}"}
+    looks = {  # the style, the marks around it, and what it means
+        "draft": ("green", "{}", "accepted guess"),
+        "own": ("bold red", "«{}»", "the main model's own, in place of a wrong guess"),
+        "bonus": ("cyan", "‹{}›", "its bonus token"),
+        "plain": ("", "{}", "its own, nothing guessed"),
+    }
     colours = console.is_terminal and not console.no_color
     text, done = Text(), ""
+
+    def append(written: str, origin: str) -> None:
+        style, marks, _ = looks[origin]
+        text.append(written, style) if colours else text.append(marks.format(written))
+
+    origins = ["plain"]  # the first token, from reading the prompt
+    for drafted, accepted in run.rounds:
+        origins += ["draft"] * accepted + ["own" if accepted < drafted else "bonus" if drafted else "plain"]
     for place, origin in enumerate(origins[: len(run.token_ids)], 1):
         decoded = tokenizer.decode(run.token_ids[:place])
         if decoded.endswith("\ufffd") and place < len(run.token_ids):
             continue  # a part of a character: it comes with the rest
-        piece, done = safe(decoded[len(done) :]), decoded
-        text.append(piece, styles[origin]) if colours else text.append(marks[origin].format(piece))
-    legend = {"draft": "accepted guess", "own": "the main model's, in place of a guess", "bonus": "its bonus token"}
-    for origin, words in legend.items():
-        text.append("\n" if origin == "draft" else ", ")
-        text.append(words, styles[origin]) if colours else text.append(marks[origin].format(words))
-    console.print(text, "", soft_wrap=False)
+        append(safe(decoded[len(done) :]), origin)
+        done = decoded
+    text.append("\n")
+    for origin, (_, _, meaning) in looks.items():
+        append(meaning, origin)
+        text.append(" · " if origin != "plain" else "\n")
+    console.print(text)
 
 
-def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
+def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[str]:
     """The result as sentences that a person can quote, and what to try next where the draft does not pay.
 
     runs: one for each draft length; compared: one for each of the library's methods. Both as in the JSON.
@@ -1169,11 +1195,11 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
     best = best_run(runs)
     summary, counts, length = best["summary"], best["summary"]["speculative"], best["draft_tokens"]
     lines = []
-    if len(runs) > 1:
-        lines.append(f"The best draft length was {length}.")
     if None in (summary["speedup_percent"], counts["tokens_per_round"]):
         lines.append("Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.")
     else:
+        if len(runs) > 1:
+            lines.append(f"The best draft length was {length}.")
         times = 1 + summary["speedup_percent"] / 100
         interval = summary["speedup_interval_percent"]
         sure = f" (95 % interval {1 + interval[0] / 100:.2f} to {1 + interval[1] / 100:.2f})" if interval else ""
@@ -1185,6 +1211,12 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
             f"{counts['tokens_per_round']:.1f} tokens{drafted}; it cost {figure(summary['verify_cost'])} baseline "
             f"steps{'' if summary['draft_cost'] is None else steps}."
         )
+        if repeats > 1:
+            spread = [
+                f"{figure(of['latency_min_s'])} to {figure(of['latency_max_s'])} s ({name})"
+                for name, of in (("baseline", summary["baseline"]), ("speculative", counts))
+            ]
+            lines.append(f"From the fastest to the slowest of {repeats} repeats: {', '.join(spread)}.")
         parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
         spent = sum(counts[f"{part}_s"] for part in parts)
         shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % {words}" for part, words in parts.items()]
@@ -1192,30 +1224,31 @@ def in_words(runs: list[dict], compared: list[dict]) -> list[str]:
         if times < 1:
             advice = "" if length == "auto" else "--draft-tokens auto, "
             lines.append(f"The draft does not pay here. Try {advice}a smaller draft, or one that is right more often.")
-    for other in compared:
-        gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
-        lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
-    ours = [(report, number) for run in runs for number, report in enumerate(run["prompts"], 1)]
-    ours = [(report, number) for report, number in ours if not report["error"]]
-    if all(report["identical"] is None for report, _ in ours):
+        for other in compared:
+            gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
+            lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
+
+    ours = [(run, report) for run in runs for report in run["prompts"] if not report["error"]]
+    if all(report["identical"] is None for _, report in ours):
         lines.append("The texts are drawn, so they differ: both methods draw from the main model's own distribution.")
         return lines
-    identical = sum(report["identical"] for report, _ in ours)
+    identical = sum(report["identical"] for _, report in ours)
     share = "All" if identical == len(ours) else f"{identical} of"
     same = "The output is" if len(ours) == 1 == identical else f"{share} {len(ours)} outputs are"
     lines.append(f"{same} the main model's own, token for token.")
-    parted = [(report["divergence"], number) for report, number in ours if report["divergence"]]
-    parted.sort(key=lambda one: one[0]["kind"])  # the bad news first
-    for divergence, number in parted[:10]:
-        where = f"Prompt {number} parts from the baseline at new token {divergence['index'] + 1}"
-        gap, noise = ("–" if divergence[of] is None else f"{divergence[of]:.3g}" for of in ("gap", "noise"))
-        figures = f"gap {gap}, rounding noise {noise}"
-        if divergence["kind"] == "tie":
-            lines.append(f"{where} at a tie ({figures}): the main model's own within its rounding.")
-        else:
-            lines.append(f"{where} and is NOT the main model's own ({figures}): please report this as a bug.")
-    if len(parted) > 10:
-        lines.append(f"So do {len(parted) - 10} more: --json FILE has all of them.")
+
+    meanings = {"mismatch": "Mismatches, NOT the main model's own (please report this as a bug)"}
+    meanings |= {"tie": "Ties, the main model's own within its rounding"}
+    for kind, meaning in meanings.items():
+        parted = [(run, report) for run, report in ours if (report["divergence"] or {}).get("kind") == kind]
+        if parted:
+            run, report = max(parted, key=lambda one: one[1]["divergence"]["gap"] or 0)
+            divergence = report["divergence"]
+            gap, noise = (math.nan if divergence[of] is None else divergence[of] for of in ("gap", "noise"))
+            lines.append(
+                f"{meaning}: {len(parted)}. The largest: prompt {report['number']}, K = {run['draft_tokens']}, "
+                f"new token {divergence['index'] + 1}, gap {gap:.3g}, rounding noise {noise:.3g}."
+            )
     return lines
 
 
@@ -1224,16 +1257,22 @@ def best_run(runs: list[dict]) -> dict:
     return max(runs, key=lambda run: run["summary"]["speedup_percent"] or -math.inf)
 
 
-def write_json(path: str, report: dict) -> None:
-    """Replace the file in one step, so that it is whole at every moment."""
-    temporary = pathlib.Path(path + ".partial")
-    with trying(f"write {path}", "name another file with --json"):
+def save(path: str, option: str, text: str | None) -> None:
+    """Replace a file in one step, so that it is whole at every moment; None: only see that this can be done.
+
+    Raises CannotRun, which names the option.
+    """
+    target = pathlib.Path(path).resolve()  # a link stays a link
+    temporary = target.with_name(target.name + ".partial")
+    with trying(f"write {path}", f"name another file with {option}"):
+        if target.exists() and not target.is_file():
+            raise CannotRun(f"{path} is not a file that can be replaced; name another with {option}")
         try:
-            temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError:
+            temporary.write_text(text or "", encoding="utf-8")
+            if text is not None:
+                os.replace(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
 
 # 8  Loading -----------------------------------------------------------------------------------------------------------
@@ -1255,7 +1294,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
         raise CannotRun(f"{path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
     prompts = []
     for line, content in enumerate(map(str.strip, lines), 1):
-        if content and path.endswith(".jsonl"):
+        if content and path.lower().endswith(".jsonl"):
             prompts.append(parse_prompt(content, f"{path}, line {line}", len(prompts) + 1))
         elif content and not content.startswith("#"):
             prompts.append(Prompt(content, len(prompts) + 1))
@@ -1277,13 +1316,15 @@ def parse_prompt(content: str, where: str, number: int) -> Prompt:
         raise CannotRun(f"{where}: this is not JSON ({first_line(error)}); write one object a line") from error
     text = category = None
     if isinstance(entry, dict):
-        turns = entry.get("turns")
-        text = entry.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
-        category = entry.get("category")
+        turns, text, category = (entry.get(key) for key in ("turns", "prompt", "category"))
+        if text is None and isinstance(turns, list) and turns:
+            text = turns[0]
     if not isinstance(text, str):
         raise CannotRun(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
     if not text.strip():
         raise CannotRun(f"{where}: the prompt is empty; leave the line out")
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise CannotRun(f"{where}: half of a surrogate pair is not a character; leave it out")
     question_id = entry.get("question_id")
     question_id = question_id if isinstance(question_id, str | int) else None
     return Prompt(text, number, None if category is None else str(category), question_id)
@@ -1371,7 +1412,7 @@ def load_config(name: str) -> transformers.PreTrainedConfig:
         if config.is_encoder_decoder:
             raise CannotRun(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
         if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise CannotRun(f"{name} ({config.model_type}) is no language model that writes; take a decoder")
+            raise CannotRun(f"{name} ({config.model_type}) is not a text-generation model; take a decoder")
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         layers = DynamicCache(config=config).layers
     # The library's marks of what cannot go back: Mamba, RWKV, linear attention.
@@ -1380,16 +1421,17 @@ def load_config(name: str) -> transformers.PreTrainedConfig:
     return config
 
 
-def weights_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> float:
-    """What a model's weights take, in GB (10^9 bytes), from its configuration alone."""
-    with accelerate.init_empty_weights(include_buffers=True):  # so nothing at all is allocated
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize / 1e9
+def count_parameters(config: transformers.PreTrainedConfig) -> int:
+    """How many weights a model has, from its configuration alone. Raises CannotRun."""
+    with trying(f"build a {config.model_type} model", "the folder needs the config.json of a causal language model"):
+        with accelerate.init_empty_weights(include_buffers=True):  # so nothing at all is allocated
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        return sum(weight.numel() for weight in model.parameters())
 
 
 def cache_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: int) -> float:
-    """What the keys and values of a text take, in GB, if no layer has a window."""
+    """What the keys and values of a text take, in GB (10^9 bytes), if no layer has a window."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -1400,16 +1442,14 @@ def check_memory(configs: dict[str, transformers.PreTrainedConfig], dtype: torch
     """Raise CannotRun if the device has less free memory than the models' weights and caches take."""
     limits = accelerate.utils.get_max_memory()
     free = limits.get(device.type, limits.get(device.index or 0, math.inf)) / 1e9
-    try:
-        needs = {name: (weights_gb(config, dtype), cache_gb(config, dtype, tokens)) for name, config in configs.items()}
-    except Exception:  # a configuration of its own kind: loading will tell
-        return
+    needs = {
+        name: (count_parameters(config) * dtype.itemsize / 1e9, cache_gb(config, dtype, tokens))
+        for name, config in configs.items()
+    }
     if (needed := sum(map(sum, needs.values()))) <= free:
         return
     parts = ", ".join(f"{name} {weights:.1f} + {cache:.1f}" for name, (weights, cache) in needs.items())
-    mends = ["a smaller pair"]
-    if device.type != "cpu":
-        mends.insert(0, "--device-map auto")
+    mends = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
     if dtype == torch.float32 and needed / 2 <= free:
         mends.insert(0, "--dtype bfloat16 (half of it)")
     raise CannotRun(
@@ -1423,11 +1463,9 @@ def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dt
     folder = fetch(name, *NO_WEIGHTS, "*.safetensors")
     safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     with trying(f"load {name}", "it needs memory, and safetensors weights of a causal language model, all whole"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, **safely, **placement
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **safely, **placement)
     if missing := sorted(loading["missing_keys"]):
-        raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): fetch it anew")
+        raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
     return model
 
 
@@ -1435,7 +1473,7 @@ def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
     """The first model's tokenizer. The others' must have the same number for the same token. Raises CannotRun."""
     tokenizers = []
     for name in names:
-        with trying(f"load the tokenizer of {name}", "fetch it anew"):
+        with trying(f"load the tokenizer of {name}", "download it again"):
             tokenizers.append(AutoTokenizer.from_pretrained(fetch(name, *NO_WEIGHTS), trust_remote_code=False))
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if differing := vocabularies[0].items() ^ vocabularies[-1].items():
@@ -1518,7 +1556,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--top-k", metavar="N", type=counted, default=0, help="draw from the N likeliest only (default: 0, from all)"
     )
     option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest of together probability P")
-    option("--seed", metavar="S", type=counted, default=0, help="of what is drawn (default: 0)")
+    option("--seed", metavar="S", type=counted, default=0, help="of the random numbers (default: 0)")
     compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
     option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
     option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
@@ -1531,7 +1569,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option("--max-memory", metavar="SIZE", help=most)
     option("--repeats", metavar="N", type=some, default=1, help="runs of each method; the median counts (default: 1)")
     option("--warmup", metavar="N", type=counted, default=1, help="runs of each before any counts (default: 1)")
-    option("--ignore-eos", action="store_true", help="write exactly N tokens, also behind the end of a text")
+    option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
     option("--no-chat-template", action="store_true", help="feed the prompts as they are")
     option("--show-text", action="store_true", help="print what was written, each token by where it comes from")
     option("--json", metavar="FILE", help="write all that was measured, after each prompt")
@@ -1540,6 +1578,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.demo and (options.main or options.draft not in (None, "ngram")):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
+    if not options.temperature and (options.top_k or options.top_p < 1):
+        parser.error("--top-k and --top-p cut what tokens are drawn from: add a --temperature")
     if 0 < options.temperature < 0.001:
         parser.error("--temperature is 0 or at least 0.001: less is rounded away")
     if options.device_map and options.compile == "on":
@@ -1558,15 +1598,15 @@ def settle(options: argparse.Namespace, device: torch.device) -> str | None:
     """Replace every default that depends on the machine by the value in force; return what the user must be told."""
     notice = None
     if options.demo or (device.type == "cpu" and not options.main and options.draft in (None, "ngram")):
-        why = "" if options.demo else "No GPU in use: "
-        notice = f"{why}this is the bundled pair of tiny models. Its speed says nothing about Gemma's."
+        why = "This" if options.demo else "No GPU in use: this"
+        notice = f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's."
         if not (BUNDLED / "main").is_dir():
-            raise CannotRun(
-                f"the bundled pair is not in {BUNDLED}: clone the whole project, or name --main and --draft"
-            )
+            raise CannotRun(f"no bundled pair in {BUNDLED}: clone the whole project, or name --main and --draft")
         options.demo = True
         options.main = os.path.relpath(BUNDLED / "main")
         options.draft = options.draft or os.path.relpath(BUNDLED / "draft")
+    elif options.main and not options.draft:
+        notice = f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft."
     options.main = options.main or DEFAULT_MAIN
     options.draft = options.draft or DEFAULT_DRAFT
     options.prompts = options.prompts or os.path.relpath((BUNDLED if options.demo else HERE) / "prompts.txt")
@@ -1575,6 +1615,10 @@ def settle(options: argparse.Namespace, device: torch.device) -> str | None:
         options.compile = "on" if device.type == "cuda" and not options.device_map else "off"
     if options.dtype == "auto":
         options.dtype = "float32" if device.type == "cpu" else "bfloat16"
+    for option in ("json", "svg"):
+        path = getattr(options, option)
+        if path and os.path.realpath(path) == os.path.realpath(options.prompts):
+            raise CannotRun(f"--{option} {path} would replace the prompts; name another file")
     return notice
 
 
@@ -1588,10 +1632,12 @@ def encode_all(
 ) -> tuple[list[Prompt], str | None]:
     """The prompts that fit into the context, with their ids; and what must be said of the others. Raises CannotRun."""
     chat = not options.no_chat_template and tokenizer.chat_template is not None
-    room = options.max_new_tokens + longest(options)  # the last round may draft beyond the last new token
+    # The last round may draft beyond the last new token; and costs are measured with one such round behind a prompt.
+    room = max(options.max_new_tokens, 2) + longest(options) - 1
     fitting, lengths = [], []
     for prompt in prompts:
-        ids = encode(tokenizer, prompt.text, chat)
+        with trying(f"put prompt {prompt.number} into the chat template", "--no-chat-template feeds it as it is"):
+            ids = encode(tokenizer, prompt.text, chat)
         if not ids:
             raise CannotRun(f"prompt {prompt.number} of {options.prompts} comes to no tokens; leave it out")
         lengths.append(len(ids))
@@ -1605,17 +1651,15 @@ def encode_all(
         f"{max(lengths)})"
     )
     if not fitting:
-        raise CannotRun(f"{too_long}: lower --max-new-tokens, or shorten the prompts")
+        raise CannotRun(f"{too_long}: lower --max-new-tokens or --draft-tokens, or shorten the prompts")
     return fitting, f"{too_long}: left out"
 
 
-def load_pair(options: argparse.Namespace, device: torch.device, scratch: str, errors: Console) -> tuple:
-    """The main model, the draft, the rule by which tokens are chosen, the tokenizer, and the prompts that fit.
+def read_all(options: argparse.Namespace, device: torch.device, errors: Console) -> tuple:
+    """The configurations by role, the tokenizer, and the prompts that fit: all that is needed before any weights.
 
-    Asks for all that is small first: a pair that cannot run is refused before its weights are read. `scratch`: a folder
-    for weights that are offloaded to the disk. Raises CannotRun.
+    A pair that cannot run is refused here. Raises CannotRun.
     """
-    dtype = getattr(torch, options.dtype)
     names = {"main": options.main} | ({} if options.draft == "ngram" else {"draft": options.draft})
     prompts = read_prompts(options.prompts, options.limit)
     configs = {role: load_config(name) for role, name in names.items()}
@@ -1623,29 +1667,42 @@ def load_pair(options: argparse.Namespace, device: torch.device, scratch: str, e
     prompts, left_out = encode_all(options, prompts, tokenizer, min(map(context_length, configs.values())), device)
     if left_out:
         errors.print(f"warning: {left_out}")
-    vocabulary = min(config.get_text_config().vocab_size for config in configs.values())
-    if max(prompt.ids.max().item() for prompt in prompts) >= vocabulary:
-        raise CannotRun(f"the tokenizer of {options.main} has tokens that the models do not know; fetch them anew")
+    if max(prompt.ids.max().item() for prompt in prompts) >= common_vocabulary(configs):
+        raise CannotRun(f"the tokenizer of {options.main} has tokens that the models do not know; download them again")
+    if not options.device_map:
+        tokens = max(prompt.ids.shape[1] for prompt in prompts) + options.max_new_tokens + longest(options)
+        named = {f"{role} {name}": configs[role] for role, name in names.items()}
+        check_memory(named, getattr(torch, options.dtype), device, tokens)
+    return configs, tokenizer, prompts
 
-    placement = dict.fromkeys(names, {"device_map": device})
+
+def common_vocabulary(configs: dict[str, transformers.PreTrainedConfig]) -> int:
+    """How many tokens all of the models know: those of one family are padded differently."""
+    return min(config.get_text_config().vocab_size for config in configs.values())
+
+
+def load_pair(options: argparse.Namespace, configs: dict, device: torch.device, scratch: str, errors: Console) -> tuple:
+    """The main model, the draft, and the rule by which tokens are chosen. Raises CannotRun.
+
+    `scratch`: a folder for weights that are offloaded to the disk.
+    """
+    placement = dict.fromkeys(configs, {"device_map": device})
     if options.device_map:
         limits = accelerate.utils.get_max_memory()
         first = device.type if device.type in limits else device.index or 0
         limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(options.max_memory or "1PB"))
         placement["main"] = {"device_map": options.device_map, "max_memory": limits, "offload_folder": scratch}
-    else:
-        tokens = max(prompt.ids.shape[1] for prompt in prompts) + options.max_new_tokens + longest(options)
-        check_memory({f"{role} {name}": configs[role] for role, name in names.items()}, dtype, device, tokens)
     models = {}
-    for role in reversed(names):  # the draft first: it wants one device for itself
-        errors.print(f"Loading {plain(names[role])} …", style="dim")
-        model = load_model(names[role], configs[role], dtype, **placement[role])
-        models[role] = CachedModel(model, vocabulary, device)
+    for role in reversed(configs):  # the draft first: it wants one device for itself
+        name = getattr(options, role)
+        errors.print(f"Loading {plain(name)} …", style="dim")
+        model = load_model(name, configs[role], getattr(torch, options.dtype), **placement[role])
+        models[role] = CachedModel(model, common_vocabulary(configs), device)
     rule = Greedy()
     if options.temperature:
         rule = Sampling(options.temperature, options.top_k, options.top_p, options.seed, device)
     draft = ModelDraft(models["draft"], rule) if "draft" in models else NgramDraft(device)
-    return models["main"], draft, rule, tokenizer, prompts
+    return models["main"], draft, rule
 
 
 def compile_pair(
@@ -1692,16 +1749,18 @@ def choose_methods(
         chooser = AutoLength(LONGEST_AUTO, part["costs"]) if length == "auto" else FixedLength(length)
         methods[name], parts[name] = method(decode_speculatively, draft, rule, chooser), part
     if options.compare:
-        others = {"transformers generate()": (None, None)}
+        others = {"generate()": (None, None)}
         sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
         if sizes[0] == sizes[1]:
-            others |= {f"transformers assisted, K = {length}": (draft, length) for length in options.draft_tokens}
+            others |= {f"assist K={length}": (draft, length) for length in options.draft_tokens}
         else:
             why = f"its vocabularies are padded differently, to {sizes[0]:,} and {sizes[1]:,} tokens"
             errors.print(f"warning: transformers' assisted generation refuses this pair ({why}): left out")
         for name, (helper, length) in others.items():
             methods[name] = method(decode_by_transformers, helper, rule, None if length == "auto" else length)
-            parts[name] = {"method": name, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
+            drafting = "its default K" if length == "auto" else f"K = {length}"
+            said = f"transformers' assisted generation, {drafting}" if helper else "transformers' generate()"
+            parts[name] = {"method": said, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
     return methods, parts
 
 
@@ -1731,26 +1790,46 @@ def add_results(
                 part["categories"][prompt.category] = of_category
 
 
-def describe(console: Console, options: argparse.Namespace, environment: dict, models: list[CachedModel], prompts: int):
+def describe_machine(options: argparse.Namespace, device: torch.device, processes: int) -> dict:
+    """What the JSON says of where it all ran."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, e.g. "1 layer" or "2 layers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def describe(console: Console, options: argparse.Namespace, environment: dict, configs: dict, prompts: int) -> None:
     """Print what is about to run."""
     console.print("Speculative decoding: does the draft pay?", style="bold")
     table = Table.grid(padding=(0, 2, 0, 0))
-    for role, name, cached in zip(("main", "draft"), (options.main, options.draft), models, strict=False):
-        millions, layers = cached.model.num_parameters() / 1e6, cached.model.config.get_text_config().num_hidden_layers
+    for role, config in configs.items():
+        millions = count_parameters(config) / 1e6
         size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
-        table.add_row(f"  {role}", plain(name), f"{size} parameters, {layers} layer{'s' * (layers != 1)}")
-    if len(models) == 1:
+        layers = counted(config.get_text_config().num_hidden_layers, "layer")
+        table.add_row(f"  {role}", plain(getattr(options, role)), f"{size} parameters, {layers}")
+    if len(configs) == 1:
         table.add_row("  draft", "ngram", "no model: what followed the same tokens before")
     console.print(table)
-    threads = f", {environment['threads']} threads" if environment["device"] == "cpu" else ""
+    threads = f", {counted(environment['threads'], 'thread')}" if environment["device"] == "cpu" else ""
     processes = f" in each of {environment['processes']} processes" if environment["processes"] > 1 else ""
     facts = [
         f"{environment['device']} ({plain(environment['device_name'])}{threads}){processes}",
         environment["dtype"],
         "compiled" if options.compile == "on" else "eager",
-        f"K = {', '.join(map(str, options.draft_tokens))}",
-        f"up to {options.max_new_tokens} new tokens",
-        f"{prompts} prompt{'s' * (prompts != 1)}",
+        f"K = {' / '.join(map(str, options.draft_tokens))}",
+        f"up to {counted(options.max_new_tokens, 'new token')}",
+        counted(prompts, "prompt"),
     ]
     console.print("  " + ", ".join(facts))
     if options.temperature:
@@ -1758,69 +1837,60 @@ def describe(console: Console, options: argparse.Namespace, environment: dict, m
         console.print(f"  {drawn}, seed {options.seed}; log-likelihoods are at temperature 1, with nothing cut off")
 
 
-def print_result(console: Console, parts: dict[str, dict]) -> None:
+def print_result(console: Console, parts: dict[str, dict], repeats: int) -> None:
     """Print the averages, what compares draft lengths and categories, and the result in words."""
     ours = [part for part in parts.values() if "method" not in part]
+    best = best_run(ours)
     print_reports(console, "", "mean", {name: part["summary"] for name, part in parts.items()})
     console.print()
-    if categories := best_run(ours)["categories"]:
-        print_summaries(console, "By category", categories | {"all": best_run(ours)["summary"]})
+    if best["categories"]:
+        print_summaries(console, "By category", [*best["categories"].items(), ("all prompts", best["summary"])])
         console.print()
     if len(ours) > 1:
-        print_summaries(console, "By draft length", {f"K = {run['draft_tokens']}": run["summary"] for run in ours})
+        print_summaries(console, "By draft length", [(f"K = {run['draft_tokens']}", run["summary"]) for run in ours])
         console.print()
         print_chart(console, ours)
         console.print()
-    for line in in_words(ours, [part for part in parts.values() if "method" in part]):
+    for line in in_words(ours, [part for part in parts.values() if "method" in part], repeats):
         console.print(line)
 
 
 def run(options: argparse.Namespace, scratch: str) -> int:
-    """Do what the options ask for, with a folder for passing needs; return the exit status."""
+    """Do what the options ask for, with a folder for temporary files; return the exit status."""
     # One process, or one of several that torchrun or `accelerate launch` started: the prompts are dealt out to them.
     world = accelerate.PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
-    quiet = not world.is_main_process
-    width = None if sys.stdout.isatty() else 120
-    plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": quiet}
-    console = Console(width=width, record=bool(options.svg), **plainly)
+    plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": not world.is_main_process}
+    console = Console(width=None if sys.stdout.isatty() else 120, record=bool(options.svg), **plainly)
     errors = Console(stderr=True, soft_wrap=True, **plainly)
     device = choose_device(options.device, world)
     if notice := settle(options, device):
         console.print(notice)
-    main, draft, rule, tokenizer, prompts = load_pair(options, device, scratch, errors)
-    if options.compile == "on":
-        main, draft = compile_pair(options, main, draft, rule, max(prompt.ids.shape[1] for prompt in prompts), errors)
 
-    environment = {
-        "device": device.type,
-        "device_name": device_name(device),
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-        "processes": world.num_processes,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    def write(option: str, text: str | None) -> None:
+        if (path := getattr(options, option)) and world.is_main_process:
+            save(path, f"--{option}", text)
+
+    write("json", None)  # better to fail now than when all is measured
+    write("svg", None)
+    configs, tokenizer, prompts = read_all(options, device, errors)
+    environment = describe_machine(options, device, world.num_processes)
+    describe(console, options, environment, configs, len(prompts))
+    main, draft, rule = load_pair(options, configs, device, scratch, errors)
+    lengths = [prompt.ids.shape[1] for prompt in prompts]
+    if options.compile == "on":
+        main, draft = compile_pair(options, main, draft, rule, max(lengths), errors)
     with trying("decode with this pair", "lower --max-new-tokens, or take a smaller pair"):
-        methods, parts = choose_methods(options, main, draft, rule, prompts[0].ids, errors)
+        shortest = prompts[lengths.index(min(lengths))].ids
+        methods, parts = choose_methods(options, main, draft, rule, shortest, errors)
     ours = [part for part in parts.values() if "method" not in part]
     compared = [part for part in parts.values() if "method" in part]
     report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": compared}
-    report["complete"] = False
-
-    def save() -> None:
-        if options.json and world.is_main_process:
-            write_json(options.json, report)
-
-    save()  # better to fail now than when all is measured
-    describe(console, options, environment, [main, *filter(None, [getattr(draft, "model", None)])], len(prompts))
-    print_headings(console)
 
     # A bar that redraws itself would take time from what is timed: this one is drawn between the runs only.
     columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
-    shown = errors.is_terminal and not quiet
+    hidden = not errors.is_terminal or errors.quiet
     bar = Progress(
-        *columns, console=errors, transient=True, auto_refresh=False, disable=not shown, speed_estimate_period=1e6
+        *columns, console=errors, transient=True, auto_refresh=False, disable=hidden, speed_estimate_period=1e6
     )
     mine = prompts[world.process_index :: world.num_processes]
     task = bar.add_task("", total=len(methods) * (options.warmup + options.repeats * len(mine)) + 1)
@@ -1831,6 +1901,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
         bar.start()
         bar.update(task, description=f"prompt {prompt.number}: {what}{rate}", advance=1, refresh=True)
 
+    print_headings(console)
     done, failed, stopped = [], [], None
     try:
         results = measure(main, mine, methods, options.repeats, options.warmup, not options.temperature, announce)
@@ -1839,30 +1910,33 @@ def run(options: argparse.Namespace, scratch: str) -> int:
             bar.stop()
             for prompt, result in zip(prompts[first:], everyones, strict=False):
                 add_results(parts, done, prompt, result, tokenizer, options)
-                save()
+                report["complete"] = prompt is prompts[-1]
+                write("json", json.dumps(report, indent=2, allow_nan=False) + "\n")
                 failed += [result] if isinstance(result, str) else []
                 latest = {name: part["prompts"][-1] for name, part in parts.items()}
                 print_reports(console, str(prompt.number), prompt.text, latest)
-                if options.show_text and not isinstance(result, str):
-                    print_text(console, tokenizer, result[next(iter(parts))].run)
-        report["complete"] = True
-        save()
+                for name in parts if options.show_text and isinstance(result, dict) else ():
+                    if "method" not in parts[name]:
+                        console.print(f"{name}:", style="bold")
+                        print_text(console, tokenizer, result[name].run)
     except (KeyboardInterrupt, CannotRun, RuntimeError) as error:
         stopped = error  # and on: what was measured so far is reported all the same
     finally:
         bar.stop()
 
     if done:
-        print_result(console, parts)
-    if options.svg and done and world.is_main_process:
-        with trying(f"write {options.svg}", "name another file with --svg"):
-            console.save_svg(options.svg, title="speculative_decoding.py")
+        if stopped:
+            console.print(f"Only {len(done)} of {len(prompts)} prompts: a part of the result.", style="bold")
+        print_result(console, parts, options.repeats)
+        write("svg", console.export_svg(title="speculative_decoding.py") if options.svg else None)
+    if isinstance(stopped, RuntimeError):
+        lost = f"another process of this run has ended ({first_line(stopped)}): see what it said, and start again"
+        raise CannotRun(lost) from stopped
     if isinstance(stopped, KeyboardInterrupt):
-        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts: this is a part of the result.")
+        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
         return 130
     if stopped:
-        lost = f"another process of this run has ended ({first_line(stopped)}): see what it said, and start again"
-        raise stopped if isinstance(stopped, CannotRun) else CannotRun(lost)
+        raise stopped
     if not done:
         raise CannotRun(f"no prompt could be decoded ({failed[0]}): lower --max-new-tokens, or take a smaller pair")
     return 1 if failed or any(part["summary"]["mismatches"] for part in ours) else 0
@@ -1875,7 +1949,8 @@ def main(arguments: list[str] | None = None) -> int:
     for library in ("accelerate", "huggingface_hub"):  # what they would say is said in one line, or in the table
         logging.getLogger(library).setLevel(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end, it reports as after Ctrl-C
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # both: it reports what is done, and ends
+        signal.signal(asked_to_end, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(prefix="speculative-decoding-") as scratch:
             return run(options, scratch)
@@ -1883,8 +1958,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted; nothing was measured yet.", file=sys.stderr)
+        print("Interrupted.", file=sys.stderr)
         return 130
+    except OSError as error:  # above all: standard output goes to a disk that is full
+        print(f"error: cannot print the report: {first_line(error)}; send it elsewhere", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
+        return 2
 
 
 if __name__ == "__main__":

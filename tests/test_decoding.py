@@ -195,7 +195,8 @@ def test_the_summary_by_hand():
     runs[1].divergence = sd.Divergence(1, 1, 2, 0, 1, "tie")
     summary = sd.summarise(baselines, runs, "speculative")
     counts = summary["speculative"]
-    assert summary["baseline"] == {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0}
+    expected = {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0, "latency_min_s": 2.0, "latency_max_s": 2.0}
+    assert summary["baseline"] == expected
     assert counts["latency_s"] == 1.5
     assert summary["speedup_percent"] == pytest.approx(100 * (4.0 / 3.0 - 1))
     # 15 accepted of 25 tested: α = 0.6. A baseline step takes 3 / 30 s, a draft step 0.9 / 45, a verify pass 1.65 / 15.

@@ -79,6 +79,6 @@ def test_the_program_runs_it(tmp_path, capsys):
         summary = run["summary"]
         assert summary["predicted_speedup_percent"] is summary["ideal_speedup_percent"] is None
         assert summary["draft_step_s"] is summary["draft_cost"] is None and summary["identical"] == 1
-    assert [other["method"] for other in report["compared"]][0] == "transformers generate()"
+    assert [other["method"] for other in report["compared"]][0] == "transformers' generate()"
     assert all(other["summary"]["identical"] == 1 for other in report["compared"])
     assert "ngram" in printed and "predicted" not in printed.split("By draft length")[1].split("\n")[-6]

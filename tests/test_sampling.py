@@ -220,10 +220,10 @@ def with_rule(**methods):
 
 
 def with_accept(*replacements):
-    """A rule whose `accept` calls a function of that name with a mistake."""
+    """A rule whose `emit` calls an `accept` with a mistake."""
     method = planted(sd.Sampling.emit)
     method.__globals__["accept"] = planted(sd.accept, *replacements)
-    return with_rule(accept=method)
+    return with_rule(emit=method)
 
 
 def without_normalising():
