@@ -154,7 +154,10 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
     assert run("--demo", *options, "--json", out) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "NOT the main model's own" in printed and "5 outputs are" in printed and "All 5" not in printed
-    assert json.loads(out.read_text())["runs"][0]["summary"]["mismatches"] > 0
+    (measured,) = json.loads(out.read_text())["runs"]
+    assert measured["summary"]["mismatches"] > 0
+    wrong = {report["number"]: report["divergence"]["gap"] for report in measured["prompts"] if report["divergence"]}
+    assert f"The largest: prompt {max(wrong, key=wrong.get)}, K = 3" in printed
 
 
 def measured(divergence=None):
@@ -323,6 +326,9 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
         ["--top-p", "0"],
         ["--top-p", "1.1"],
         ["--limit", "0"],
+        ["--top-k", "5"],
+        ["--temperature", "1e-38"],
+        ["--device-map", "auto", "--compile", "on"],
         ["--max-memory", "1GB"],
         ["--device-map", "auto", "--max-memory", "plenty"],
         ["stray"],
@@ -415,3 +421,27 @@ def test_control_c_reports_what_is_done(tmp_path):
     assert "Traceback" not in errors and "Interrupted after 1 of 5 prompts" in errors
     assert re.search(r"^ +mean ", rest, re.MULTILINE) and "times as fast" in rest
     assert len(json.loads(out.read_text())["runs"][0]["prompts"]) == 1
+
+
+def test_pairs_that_the_library_refuses_are_compared_with_generate_alone(tmp_path, capsys, one_prompt):
+    """The same tokenizer, but vocabularies that are padded differently: ours runs, assisted generation would not."""
+    draft = transformers.AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32)
+    draft.resize_token_embeddings(2112)
+    draft.save_pretrained(tmp_path / "padded")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DRAFT / name, tmp_path / "padded" / name)
+    out = tmp_path / "out.json"
+    pair = ["--main", MAIN, "--draft", tmp_path / "padded", "--prompts", one_prompt, "--draft-tokens", 3]
+    assert run(*pair, "--compare", "transformers", "--max-new-tokens", 12, "--json", out) == 0
+    assert "refuses this pair" in (said := capsys.readouterr().err) and "2,048 and 2,112" in said
+    report = json.loads(out.read_text())
+    assert [other["method"] for other in report["compared"]] == ["transformers' generate()"]
+    assert report["runs"][0]["summary"]["identical"] == 1
+
+
+def test_a_chat_template_that_fails_is_one_line(tmp_path, capsys, one_prompt):
+    for name, folder in (("main", MAIN), ("draft", DRAFT)):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    pair = ["--main", tmp_path / "main", "--draft", tmp_path / "draft", "--prompts", one_prompt]
+    assert "cannot put prompt 1 into the chat template: no such role; --no-chat" in refused(capsys, *pair)

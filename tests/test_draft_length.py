@@ -167,3 +167,10 @@ def test_several_lengths_share_one_baseline(tmp_path, capsys):
     assert "All 6 outputs are the main model's own" in printed
     bars = [line for line in printed.splitlines() if "█" in line]
     assert [line.split()[-3] != "measured" for line in bars] and len(bars) == 6  # measured beside predicted, by length
+
+
+def test_a_draft_that_rests_from_the_start_and_has_nothing_to_forget():
+    """A prompt of one token, of which the draft reads nothing; its layers have windows."""
+    model = make_model("gemma2")
+    result = speculate(model, model, [3], sd.AutoLength(16, DEAR), 20)
+    assert result.token_ids == alone(model, [3], 20).token_ids and result.rounds[:4] == [(0, 0)] * 4

@@ -71,6 +71,7 @@ def test_the_program_runs_it(tmp_path, capsys):
     out, prompts = tmp_path / "out.json", tmp_path / "p.txt"
     prompts.write_text("What does list.sort do?\n")
     arguments = ["--demo", "--draft", "ngram", "--prompts", prompts, "--draft-tokens", "3,auto", "--json", out]
+    arguments += ["--max-new-tokens", 40, "--warmup", 0]
     assert sd.main([str(argument) for argument in [*arguments, "--compare", "transformers"]]) == 0
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
@@ -82,3 +83,11 @@ def test_the_program_runs_it(tmp_path, capsys):
     assert [other["method"] for other in report["compared"]][0] == "transformers' generate()"
     assert all(other["summary"]["identical"] == 1 for other in report["compared"])
     assert "ngram" in printed and "predicted" not in printed.split("By draft length")[1].split("\n")[-6]
+
+
+def test_finding_nothing_to_guess_is_no_failed_guess():
+    chooser = sd.AutoLength(16, {"draft_pass_s": {1: 0.0, 2: 0.0}, "main_pass_s": {1: 1.0, 17: 1.5}})
+    for _ in range(200):
+        chooser.wants_another([])
+        chooser.learn(0, 0)
+    assert chooser.rest == 0 and chooser.next_rest == 4 and chooser.alpha == 0.75

@@ -251,6 +251,38 @@ def test_if_every_prompt_fails_nothing_can_be_said(tmp_path, capsys, monkeypatch
     assert "no prompt could be decoded (CUDA out of memory.)" in capsys.readouterr().err
 
 
+def test_too_little_memory_for_measuring_costs_is_one_line(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "p.txt", "What does zip do?", "What does the built-in function zip do in Python?")
+    monkeypatch.setattr(sd, "load_model", failing_at("zip"))
+    message = refused(capsys, *QUICK, "--prompts", path, "--draft-tokens", "auto")
+    assert "cannot decode with this pair: CUDA out of memory.; lower --max-new-tokens" in message
+
+
+def test_no_file_is_replaced_that_should_stay(tmp_path, capsys):
+    prompts = write(tmp_path / "p.txt", "What does re.split do?")
+    for option in ("--json", "--svg"):
+        assert "would replace the prompts" in refused(capsys, *QUICK, "--prompts", prompts, option, prompts)
+        assert "is not a file" in refused(capsys, *QUICK, option, "/dev/null")
+        assert "cannot write" in refused(capsys, *QUICK, option, tmp_path / "no" / "file")
+    assert prompts.read_text() == "What does re.split do?\n" and not os.path.isfile("/dev/null")
+    earlier, link = write(tmp_path / "earlier.json", {}), tmp_path / "link.json"
+    link.symlink_to(earlier)
+    refused(capsys, *QUICK, "--prompts", tmp_path / "none.txt", "--json", link)
+    assert earlier.read_text() == "{}\n"  # until there is something to write
+    assert run(*QUICK, "--prompts", prompts, "--json", link) == 0
+    assert link.is_symlink() and json.loads(earlier.read_text())["complete"] is True
+
+
+def test_output_that_cannot_be_printed_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, PROGRAM, *QUICK, "--limit", 1]
+        done = subprocess.run(
+            list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+    assert done.returncode == 2 and "error: cannot print the report: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
 def test_repeats_give_a_spread_and_an_interval(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert run(*QUICK, "--limit", 2, "--repeats", 3, "--json", out) == 0
@@ -259,7 +291,10 @@ def test_repeats_give_a_spread_and_an_interval(tmp_path, capsys):
         for method in (prompt["baseline"], prompt["speculative"]):
             assert 0 < method["latency_min_s"] <= method["latency_s"] <= method["latency_max_s"]
     low, high = summary["speedup_interval_percent"]
-    assert low < high and f"95 % interval {1 + low / 100:.2f} to {1 + high / 100:.2f}" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert low < high and f"95 % interval {1 + low / 100:.2f} to {1 + high / 100:.2f}" in printed
+    spread = [sd.figure(summary["baseline"][f"latency_{end}_s"]) for end in ("min", "max")]
+    assert f"slowest of 3 repeats: {spread[0]} to {spread[1]} s (baseline)" in printed
 
 
 def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path):
@@ -309,6 +344,9 @@ def test_in_a_terminal_of_80_columns():
     (mean,) = [line for line in report if re.match(r" +mean ", line)]
     assert re.fullmatch(r" +mean +12 +[\d.]+ +[\d.]+ *", mean)  # no figure is cut or wrapped
     assert sum(bool(re.match(r" +K = \w+ .* 1/1 *$", line)) for line in report) == 2
+    (headings,) = [line for line in report if line.endswith("tokens/round ")]
+    assert re.fullmatch(r" +tok/s +faster +predicted +accept +tokens/round ", headings)
+    assert sum(bool(re.fullmatch(r" K = \w+ +[\d.]+( +[+-]?\d+ %){3} +[\d.]+ ", line)) for line in report) == 2
 
 
 def test_no_color_is_respected():
@@ -406,7 +444,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
 
 def test_bfloat16_outputs_are_the_same_or_tied(capsys):
     """The type that the default pair runs in: on the bundled pair, whatever parts, parts at a tie."""
-    assert run("--demo", "--dtype", "bfloat16", "--warmup", 0) == 0
+    assert run("--demo", "--dtype", "bfloat16", "--draft-tokens", 4, "--warmup", 0) == 0
     printed = capsys.readouterr().out
     assert "bfloat16" in printed and "NOT the main model's own" not in printed
 
