@@ -406,7 +406,7 @@ def test_the_table_fits_the_terminal(width):
 
 def test_control_c_reports_what_is_done(tmp_path):
     out = tmp_path / "out.json"
-    options = ["--demo", "--warmup", "0", "--repeats", "3", "--json", out]
+    options = ["--demo", "--draft-tokens", "3", "--warmup", "0", "--json", out]
     command = [sys.executable, ROOT / "speculative_decoding.py", *options]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

@@ -426,7 +426,7 @@ def test_two_processes_give_what_one_gives(tmp_path, capsys):
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     out = tmp_path / "out.json"
-    with launched("--demo", "--warmup", 0, "--repeats", 4, "--json", out) as process:
+    with launched("--demo", "--warmup", 0, "--draft-tokens", 3, "--repeats", 4, "--json", out) as process:
         while not (out.exists() and json.loads(out.read_text())["runs"][0]["prompts"]):
             assert process.poll() is None
             time.sleep(0.1)
