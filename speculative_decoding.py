@@ -1223,7 +1223,8 @@ def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[s
         lines.append(f"Its time: {', '.join(shares)}.")
         if times < 1:
             advice = "" if length == "auto" else "--draft-tokens auto, "
-            lines.append(f"The draft does not pay here. Try {advice}a smaller draft, or one that is right more often.")
+            other = "a smaller draft, or one that is right more often" if summary["draft_cost"] else "a draft model"
+            lines.append(f"The draft does not pay here. Try {advice}{other}.")
         for other in compared:
             gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
             lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
@@ -1823,15 +1824,10 @@ def describe(console: Console, options: argparse.Namespace, environment: dict, c
     console.print(table)
     threads = f", {counted(environment['threads'], 'thread')}" if environment["device"] == "cpu" else ""
     processes = f" in each of {environment['processes']} processes" if environment["processes"] > 1 else ""
-    facts = [
-        f"{environment['device']} ({plain(environment['device_name'])}{threads}){processes}",
-        environment["dtype"],
-        "compiled" if options.compile == "on" else "eager",
-        f"K = {' / '.join(map(str, options.draft_tokens))}",
-        f"up to {counted(options.max_new_tokens, 'new token')}",
-        counted(prompts, "prompt"),
-    ]
-    console.print("  " + ", ".join(facts))
+    machine = f"{environment['device']} ({plain(environment['device_name'])}{threads}){processes}"
+    console.print(f"  {machine}, {environment['dtype']}, {'compiled' if options.compile == 'on' else 'eager'}")
+    limit = counted(options.max_new_tokens, "new token")
+    console.print(f"  K = {' / '.join(map(str, options.draft_tokens))}, up to {limit}, {counted(prompts, 'prompt')}")
     if options.temperature:
         drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'off'}, top-p {options.top_p:g}"
         console.print(f"  {drawn}, seed {options.seed}; log-likelihoods are at temperature 1, with nothing cut off")
