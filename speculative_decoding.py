@@ -407,6 +407,19 @@ def accept(p: Tensor, q: Tensor, guesses: Tensor, uniforms: Tensor) -> tuple[Ten
 
 
 @dataclasses.dataclass
+class Prompt:
+    """A prompt, and how far its answer may go."""
+
+    text: str
+    number: int  # in its file, from 1; random numbers depend on it
+    category: str | None = None
+    question_id: str | int | None = None
+    ids: Tensor | None = None  # [1, n], n ≥ 1, on the models' device
+    max_new_tokens: int = 128
+    end_ids: frozenset[int] = frozenset()  # the tokens that end a text, as its last token
+
+
+@dataclasses.dataclass
 class Decoded:
     """What one decoding run wrote, and how long it took, in seconds."""
 
@@ -428,31 +441,25 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cut(tokens: list[int], room: int, end_ids: set[int]) -> tuple[list[int], bool]:
+def cut(tokens: list[int], room: int, prompt: Prompt) -> tuple[list[int], bool]:
     """The tokens up to the first that ends the text, or as many as there is room for; and whether the text is ended."""
     for index, token in enumerate(tokens[:room]):
-        if token in end_ids:
+        if token in prompt.end_ids:
             return tokens[: index + 1], True
     return tokens[:room], len(tokens) >= room
 
 
 @torch.no_grad()
-def decode_alone(
-    main: CachedModel, rule: Greedy, prompt_ids: Tensor, max_new_tokens: int, end_ids: set[int], number: int = 0
-) -> Decoded:
-    """Decode with the main model alone: one forward pass a token.
-
-    prompt_ids: [1, n], n ≥ 1, on the model's device. end_ids: the tokens that end a text, as its last token. number:
-    the text's, on which the random numbers of a rule that draws depend.
-    """
+def decode_alone(main: CachedModel, rule: Greedy, prompt: Prompt) -> Decoded:
+    """Decode with the main model alone: one forward pass a token."""
     start = now(main.device)
-    rule.restart(number)
-    (token,) = rule.next_token(main.prefill(prompt_ids, rolls_back=False), prompt_ids, rule.uniform(1))  # [1, 1]
-    tokens, ended = cut([token.item()], max_new_tokens, end_ids)
+    rule.restart(prompt.number)
+    (token,) = rule.next_token(main.prefill(prompt.ids, rolls_back=False), prompt.ids, rule.uniform(1))  # [1, 1]
+    tokens, ended = cut([token.item()], prompt.max_new_tokens, prompt)
     first_token_s = now(main.device) - start
     while not ended:
         (token,) = main.step(rule.next_token, token, rule.uniform(1))
-        emitted, ended = cut([token.item()], max_new_tokens - len(tokens), end_ids)
+        emitted, ended = cut([token.item()], prompt.max_new_tokens - len(tokens), prompt)
         tokens += emitted
     return Decoded(tokens, now(main.device) - start, first_token_s)
 
@@ -570,29 +577,21 @@ def seconds_between(start: float | torch.Event, end: float | torch.Event) -> flo
 
 @torch.no_grad()
 def decode_speculatively(
-    main: CachedModel,
-    draft: ModelDraft | NgramDraft,
-    rule: Greedy,
-    length: FixedLength,
-    prompt_ids: Tensor,
-    max_new_tokens: int,
-    end_ids: set[int],
-    number: int = 0,
+    main: CachedModel, draft: ModelDraft | NgramDraft, rule: Greedy, length: FixedLength, prompt: Prompt
 ) -> Decoded:
     """Decode with the draft's help: several tokens a forward pass of the main model, and the text is still its own.
 
-    Leviathan et al. 2023, algorithm 1. prompt_ids: [1, n], n ≥ 1, on the models' device. The last round is a whole one
-    too; what it gives beyond the end of the text is cut off. The other parameters are those of `decode_alone`.
+    Leviathan et al. 2023, algorithm 1. The last round is a whole one, too; what it gives beyond the end is cut off.
     """
-    text, room = prompt_ids[0].tolist(), max_new_tokens
+    text, room = prompt.ids[0].tolist(), prompt.max_new_tokens
     start = now(main.device)
-    rule.restart(number)
-    (first,) = rule.next_token(main.prefill(prompt_ids), prompt_ids, rule.uniform(1))
-    emitted, ended = cut([first.item()], room, end_ids)
+    rule.restart(prompt.number)
+    (first,) = rule.next_token(main.prefill(prompt.ids), prompt.ids, rule.uniform(1))
+    emitted, ended = cut([first.item()], room, prompt)
     first_token_s = now(main.device) - start
     text += emitted
     room -= 1
-    draft.new_text(prompt_ids)
+    draft.new_text(prompt.ids)
 
     rounds, log_likelihoods, marks = [], [], [mark(main.device)]
     while not ended:
@@ -610,7 +609,7 @@ def decode_speculatively(
         #    in a round when the host waits for the device and reads from it.
         emitted = rule.emit(verdict, guesses[0], q)
         drafted, accepted = guesses.shape[1], len(emitted) - 1
-        emitted, ended = cut(emitted, room, end_ids)
+        emitted, ended = cut(emitted, room, prompt)
         text += emitted
         room -= len(emitted)
 
@@ -626,7 +625,7 @@ def decode_speculatively(
     latency_s = now(main.device) - start
     spent = [seconds_between(earlier, later) for earlier, later in itertools.pairwise(marks)]
     return Decoded(
-        text[prompt_ids.shape[1] :],
+        text[prompt.ids.shape[1] :],
         latency_s,
         first_token_s,
         rounds,
@@ -791,17 +790,6 @@ def find_divergence(
 
 
 @dataclasses.dataclass
-class Prompt:
-    """A prompt, and where it comes from."""
-
-    text: str
-    number: int  # in its file, from 1
-    category: str | None = None
-    question_id: str | int | None = None
-    ids: Tensor | None = None  # [1, n], on the models' device
-
-
-@dataclasses.dataclass
 class Measured:
     """What one method did with one prompt."""
 
@@ -819,25 +807,18 @@ class Measured:
 
 @torch.no_grad()
 def decode_by_transformers(
-    main: CachedModel,
-    draft: ModelDraft | NgramDraft | None,
-    rule: Greedy,
-    draft_tokens: int | None,
-    prompt_ids: Tensor,
-    max_new_tokens: int,
-    end_ids: set[int],
-    number: int = 0,
+    main: CachedModel, draft: ModelDraft | NgramDraft | None, rule: Greedy, draft_tokens: int | None, prompt: Prompt
 ) -> Decoded:
     """What a user would run instead: transformers' own generate(), assisted by the draft if there is one.
 
     draft_tokens: K for every round, or None for the library's defaults. Nothing but decoding by our rule runs, whatever
     the models' own generation configs ask for (sampling, repetition penalties, …).
     """
-    settings = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(end_ids) or None, "pad_token_id": 0}
-    settings |= {"do_sample": False}
+    settings = {"max_new_tokens": prompt.max_new_tokens, "eos_token_id": sorted(prompt.end_ids) or None}
+    settings |= {"pad_token_id": 0, "do_sample": False}
     if isinstance(rule, Sampling):
         settings |= {"do_sample": True, "temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p}
-        torch.manual_seed(rule.seed * 2**20 + number)
+        torch.manual_seed(rule.seed * 2**20 + prompt.number)
     models, of_draft = [main.model], {}
     if isinstance(draft, NgramDraft):
         settings |= {"prompt_lookup_num_tokens": draft_tokens or 10, "max_matching_ngram_size": max(draft.HOPES)}
@@ -852,12 +833,12 @@ def decode_by_transformers(
     try:
         start = now(main.device)
         output = main.model.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
+            prompt.ids,
+            attention_mask=torch.ones_like(prompt.ids),
             generation_config=GenerationConfig(**settings),
             assistant_model=models[1] if len(models) > 1 else None,
         )
-        tokens = output[0, prompt_ids.shape[1] :].tolist()
+        tokens = output[0, prompt.ids.shape[1] :].tolist()
         return Decoded(tokens, now(main.device) - start)
     finally:
         for model, config in zip(models, saved, strict=True):
@@ -1371,35 +1352,35 @@ def fetch(name: str, *patterns: str) -> str:
     """
     if pathlib.Path(name).is_dir():
         return name
-    gated = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
-    offline = hub_refuses(name)
+    refusal = hub_refuses(name)
     try:
-        if isinstance(offline, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
-            raise offline
+        if isinstance(refusal, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
+            raise refusal
         return huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5, local_files_only=bool(offline)
+            name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5, local_files_only=bool(refusal)
         )
-    except hub_errors.HFValidationError as error:
-        raise CannotRun(f"there is no folder {name}, and no model on the hub can have that name") from error
-    except hub_errors.GatedRepoError as error:
-        raise CannotRun(f"{name} is a gated model, and you have no access: {gated}") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        mend = "check the spelling, or `hf auth login` if it is private"
-        raise CannotRun(f"there is no folder {name}, and the hub shows no model of that name: {mend}") from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        answer = getattr(getattr(offline, "response", None), "status_code", None)
-        if answer in (401, 403):
-            raise CannotRun(
-                f"the hub does not let you read {name} (status {answer}): {gated} with a valid token"
-            ) from error
-        why = f"answers with status {answer}" if answer else "cannot be reached"
-        mend = "check the connection, name local folders with --main and --draft, or try --demo"
-        raise CannotRun(f"{name} is not on this machine, and the hub {why}: {mend}") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            mend = "make room, or set HF_HOME to a folder on another disk"
-            raise CannotRun(f"the disk is full: {name} cannot be downloaded; {mend}") from error
-        raise CannotRun(f"cannot download {name}: {first_line(error)}; try again, or name a local folder") from error
+        status = getattr(getattr(refusal, "response", None), "status_code", None)
+        access = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
+        spelling = "check the spelling, or `hf auth login` if it is private"
+        answer = f"answers with status {status}" if status else "cannot be reached"
+        elsewhere = "check the connection, name local folders with --main and --draft, or try --demo"
+        match error:
+            case hub_errors.HFValidationError():
+                why = f"there is no folder {name}, and no model on the hub can have that name"
+            case hub_errors.GatedRepoError():
+                why = f"{name} is a gated model, and you have no access: {access}"
+            case hub_errors.RepositoryNotFoundError():
+                why = f"there is no folder {name}, and the hub shows no model of that name: {spelling}"
+            case hub_errors.LocalEntryNotFoundError() if status in (401, 403):
+                why = f"the hub does not let you read {name} (status {status}): {access} with a valid token"
+            case hub_errors.LocalEntryNotFoundError():
+                why = f"{name} is not on this machine, and the hub {answer}: {elsewhere}"
+            case OSError(errno=errno.ENOSPC):
+                why = f"the disk is full: {name} cannot be downloaded; make room, or set HF_HOME to a folder elsewhere"
+            case _:
+                why = f"cannot download {name}: {first_line(error)}; try again, or name a local folder"
+        raise CannotRun(why) from error
 
 
 NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -1496,10 +1477,10 @@ def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 
-def end_tokens(model: PreTrainedModel) -> set[int]:
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """All tokens that end a text, by the model's generation config."""
     ids = model.generation_config.eos_token_id
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def context_length(config: transformers.PreTrainedConfig) -> float:
@@ -1643,7 +1624,8 @@ def encode_all(
             raise CannotRun(f"prompt {prompt.number} of {options.prompts} comes to no tokens; leave it out")
         lengths.append(len(ids))
         if len(ids) + room <= context:
-            fitting.append(dataclasses.replace(prompt, ids=torch.tensor([ids], device=device)))
+            ids = torch.tensor([ids], device=device)
+            fitting.append(dataclasses.replace(prompt, ids=ids, max_new_tokens=options.max_new_tokens))
     if len(fitting) == len(prompts):
         return fitting, None
     too_long = (
@@ -1736,19 +1718,14 @@ def choose_methods(
     options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, prompt_ids: Tensor, errors: Console
 ) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict]]:
     """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON."""
-    limits = (options.max_new_tokens, set() if options.ignore_eos else end_tokens(main.model))
     model = getattr(draft, "model", None)
-
-    def method(decode: Callable, *settings) -> Callable[[Prompt], Decoded]:
-        return lambda prompt: decode(main, *settings, prompt.ids, *limits, prompt.number)
-
-    methods, parts = {"baseline": method(decode_alone, rule)}, {}
+    methods, parts = {"baseline": functools.partial(decode_alone, main, rule)}, {}
     for length in options.draft_tokens:
         name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
         if length == "auto":
             part["costs"] = measure_costs(main, model, rule, prompt_ids, LONGEST_AUTO)
         chooser = AutoLength(LONGEST_AUTO, part["costs"]) if length == "auto" else FixedLength(length)
-        methods[name], parts[name] = method(decode_speculatively, draft, rule, chooser), part
+        methods[name], parts[name] = functools.partial(decode_speculatively, main, draft, rule, chooser), part
     if options.compare:
         others = {"generate()": (None, None)}
         sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
@@ -1758,7 +1735,8 @@ def choose_methods(
             why = f"its vocabularies are padded differently, to {sizes[0]:,} and {sizes[1]:,} tokens"
             errors.print(f"warning: transformers' assisted generation refuses this pair ({why}): left out")
         for name, (helper, length) in others.items():
-            methods[name] = method(decode_by_transformers, helper, rule, None if length == "auto" else length)
+            k = None if length == "auto" else length
+            methods[name] = functools.partial(decode_by_transformers, main, helper, rule, k)
             drafting = "its default K" if length == "auto" else f"K = {length}"
             said = f"transformers' assisted generation, {drafting}" if helper else "transformers' generate()"
             parts[name] = {"method": said, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
@@ -1872,6 +1850,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     environment = describe_machine(options, device, world.num_processes)
     describe(console, options, environment, configs, len(prompts))
     main, draft, rule = load_pair(options, configs, device, scratch, errors)
+    ends = frozenset() if options.ignore_eos else end_tokens(main.model)
+    prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
     lengths = [prompt.ids.shape[1] for prompt in prompts]
     if options.compile == "on":
         main, draft = compile_pair(options, main, draft, rule, max(lengths), errors)

@@ -109,10 +109,14 @@ def ids_of(tokens):
     return torch.tensor([list(tokens)])
 
 
+def prompt_of(tokens, number=0, new=32, end=frozenset()):
+    return sd.Prompt("?", number, ids=ids_of(tokens), max_new_tokens=new, end_ids=frozenset(end))
+
+
 def alone(model, prompt, new=32, end=frozenset(), rule=None, number=0):
     """The baseline's output for a prompt; `model`: the library's, or one with a cache."""
     model = model if isinstance(model, sd.CachedModel) else sd.CachedModel(model)
-    return sd.decode_alone(model, rule or sd.Greedy(), ids_of(prompt), new, end, number)
+    return sd.decode_alone(model, rule or sd.Greedy(), prompt_of(prompt, number, new, end))
 
 
 def speculate(
@@ -125,7 +129,7 @@ def speculate(
     )
     helper = sd.NgramDraft(main.device) if draft == "ngram" else sd.ModelDraft(draft, rule)
     length = sd.FixedLength(length) if isinstance(length, int) else length
-    return decode(main, helper, rule, length, ids_of(prompt), new, end, number)
+    return decode(main, helper, rule, length, prompt_of(prompt, number, new, end))
 
 
 @pytest.fixture(scope="session")

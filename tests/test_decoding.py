@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, alone, always_wrong, ids_of, like, make_model, speculate
+from conftest import FAMILIES, VOCABULARY, alone, always_wrong, ids_of, like, make_model, prompt_of, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -238,10 +238,6 @@ def test_the_interval_covers_the_spread_and_little_else():
     # Repeats that vary by a tenth: the interval lies within what they can give, and is not a point.
     low, high = sd.speedup_interval([repeated([1.9, 2.0, 2.1])] * 4, [repeated([0.95, 1.0, 1.05])] * 4)
     assert 100 * (1.9 / 1.05 - 1) <= low < 100 < high <= 100 * (2.1 / 0.95 - 1) and high - low > 3
-
-
-def prompt_of(tokens, number):
-    return sd.Prompt("?", number, ids=ids_of(tokens))
 
 
 def test_methods_take_turns_and_the_median_counts(llama):
