@@ -1236,7 +1236,7 @@ def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[s
 
 def best_run(runs: list[dict]) -> dict:
     """The run whose draft length was the fastest."""
-    return max(runs, key=lambda run: run["summary"]["speedup_percent"] or -math.inf)
+    return max(runs, key=lambda run: run["summary"]["speculative"]["tokens_per_s"] or 0)
 
 
 def save(path: str, option: str, text: str | None) -> None:
@@ -1521,7 +1521,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     option = parser.add_argument
-    counted, some = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
+    natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
     heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
     option("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
     ngram = "or ngram: no model, but what followed the text's last tokens before"
@@ -1529,16 +1529,16 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
     files = "one prompt a line, # for comments; or .jsonl, as of MT-Bench and Spec-Bench (default: prompts.txt)"
     option("--prompts", metavar="FILE", help=files)
-    option("--limit", metavar="N", type=some, help="take N of the prompts, spread evenly over their categories")
-    option("--max-new-tokens", metavar="N", type=some, default=128, help="default: 128")
+    option("--limit", metavar="N", type=positive, help="take N of the prompts, spread evenly over their categories")
+    option("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
     lengths = "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the default)"
     option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
     option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens; 0, the default: take the likeliest")
     option(
-        "--top-k", metavar="N", type=counted, default=0, help="draw from the N likeliest only (default: 0, from all)"
+        "--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest only (default: 0, from all)"
     )
     option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest of together probability P")
-    option("--seed", metavar="S", type=counted, default=0, help="of the random numbers (default: 0)")
+    option("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
     compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
     option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
     option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
@@ -1549,8 +1549,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option("--device-map", choices=["auto"], help=spread)
     most = "with --device-map auto: what the first device takes of it at most, e.g. 10GB"
     option("--max-memory", metavar="SIZE", help=most)
-    option("--repeats", metavar="N", type=some, default=1, help="runs of each method; the median counts (default: 1)")
-    option("--warmup", metavar="N", type=counted, default=1, help="runs of each before any counts (default: 1)")
+    option(
+        "--repeats", metavar="N", type=positive, default=1, help="runs of each method; the median counts (default: 1)"
+    )
+    option("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
     option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
     option("--no-chat-template", action="store_true", help="feed the prompts as they are")
     option("--show-text", action="store_true", help="print what was written, each token by where it comes from")
