@@ -1520,42 +1520,43 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         epilog="With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo.",
         allow_abbrev=False,
     )
-    option = parser.add_argument
     natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
     heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
+
+    def options_of(title: str):
+        return parser.add_argument_group(title).add_argument
+
+    option = options_of("the pair and the prompts")
     option("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    ngram = "or ngram: no model, but what followed the text's last tokens before"
-    option("--draft", metavar="MODEL", help=f"a smaller model of its family (default: {DEFAULT_DRAFT}), {ngram}")
+    option("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
     option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
-    files = "one prompt a line, # for comments; or .jsonl, as of MT-Bench and Spec-Bench (default: prompts.txt)"
-    option("--prompts", metavar="FILE", help=files)
+    option("--prompts", metavar="FILE", help="one prompt a line; or .jsonl, as of Spec-Bench (default: prompts.txt)")
     option("--limit", metavar="N", type=positive, help="take N of the prompts, spread evenly over their categories")
+    option("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    option = options_of("how to decode")
     option("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
-    lengths = "how many tokens a round drafts: a number, several (1,2,4,8) to compare, or auto (the default)"
-    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
-    option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens; 0, the default: take the likeliest")
+    option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
+    option(
+        "--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help="a round's; auto (default), 3, 1,2,4"
+    )
+    option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens (default: 0, take the likeliest)")
     option(
         "--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest only (default: 0, from all)"
     )
-    option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest of together probability P")
+    option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest, of probability P together")
     option("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
-    compiling = "compile the decoding steps, for both methods (auto: on an NVIDIA GPU)"
-    option("--compile", choices=["auto", "on", "off"], default="auto", help=compiling)
-    option("--compare", choices=["transformers"], help="also measure transformers' own generate(), alone and assisted")
-    option("--device", default="auto", help="cpu, cuda, cuda:1, mps, … (default: the accelerator, else cpu)")
+    option = options_of("where to decode")
+    option("--compile", choices=["auto", "on", "off"], default="auto", help="the steps (auto: on an NVIDIA GPU)")
+    option("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
     kinds = ["auto", "float32", "bfloat16", "float16"]
-    option("--dtype", choices=kinds, default="auto", help="default: bfloat16 on an accelerator, float32 on a CPU")
-    spread = "spread the main model over all devices, the CPU and the disk, where it fits"
-    option("--device-map", choices=["auto"], help=spread)
-    most = "with --device-map auto: what the first device takes of it at most, e.g. 10GB"
-    option("--max-memory", metavar="SIZE", help=most)
-    option(
-        "--repeats", metavar="N", type=positive, default=1, help="runs of each method; the median counts (default: 1)"
-    )
+    option("--dtype", choices=kinds, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    option("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
+    option("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
+    option = options_of("what to measure and show")
+    option("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
+    option("--repeats", metavar="N", type=positive, default=1, help="runs of each; the median counts (default: 1)")
     option("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
-    option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
-    option("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    option("--show-text", action="store_true", help="print what was written, each token by where it comes from")
+    option("--show-text", action="store_true", help="print the texts, each token by where it comes from")
     option("--json", metavar="FILE", help="write all that was measured, after each prompt")
     option("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
