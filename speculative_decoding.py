@@ -771,14 +771,15 @@ def find_divergence(
     if main.lengths is not None:
         main.compile(as_they_are, 1)
     main.new_text()
-    at_once = main.read(text, last=len(speculative)).float()  # [new tokens, vocabulary]
-    gap = (at_once.amax(dim=-1) - at_once.gather(1, output[0, :, None])[:, 0]).max().item()
+    at_once = main.read(text, last=len(speculative))  # [new tokens, vocabulary]
+    gap = (at_once.amax(dim=-1).float() - at_once.gather(1, output[0, :, None])[:, 0].float()).max().item()
 
     main.new_text()
     if prompt_ids.shape[1] > 1:
         main.read(prompt_ids[:, :-1], last=1)
     steps = (main.step(as_they_are, token)[0][0] for token in text[:, -len(speculative) :].split(1, dim=1))
-    noise = max((row - alone.float()).abs().max().item() for row, alone in zip(at_once, steps, strict=True))
+    rows = zip(at_once, steps, strict=True)
+    noise = max((row.float() - alone.float()).abs().max().item() for row, alone in rows)
 
     # One text a mere beginning of the other: no rounding makes a loop stop early, or go on behind the end.
     kind = "tie" if gap <= noise and index < shorter else "mismatch"
@@ -1001,10 +1002,10 @@ def report_prompt(prompt: Prompt, results: dict[str, Measured] | str, name: str,
     return report
 
 
-def summarise(baselines: list[Measured], results: list[Measured], key: str, sampled=False, steps=True) -> dict:
+def summarise(prompts: list[dict[str, Measured]], name: str, key: str, sampled=False, steps=True) -> dict:
     """The same over several prompts, and what theory promises; `steps`: if the draft is a model, whose steps cost."""
-    alone = [result.run for result in baselines]
-    runs = [result.run for result in results]
+    baselines, results = ([measured[method] for measured in prompts] for method in ("baseline", name))
+    alone, runs = ([result.run for result in of] for of in (baselines, results))
     baseline, method = speed(baselines), speed(results) | acceptance(runs)
     decoding_s = sum(run.latency_s - run.first_token_s for run in alone)
     step_s = ratio(decoding_s, sum(len(run.token_ids) - 1 for run in alone))
@@ -1518,6 +1519,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         description="Measure what speculative decoding gains for a main model and a draft model on this machine, "
         "and check that the output is still the main model's own.",
         epilog="With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo.",
+        usage="%(prog)s [options]",
         allow_abbrev=False,
     )
     natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
@@ -1536,9 +1538,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option = options_of("how to decode")
     option("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
     option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
-    option(
-        "--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help="a round's; auto (default), 3, 1,2,4"
-    )
+    lengths = "how many tokens a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
+    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
     option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens (default: 0, take the likeliest)")
     option(
         "--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest only (default: 0, from all)"
@@ -1758,18 +1759,10 @@ def add_results(
         key = "compared" if "method" in part else "speculative"
         part["prompts"].append(report_prompt(prompt, results, name, key, sampled, tokenizer))
         if isinstance(results, dict):
-            part["summary"], of_category = (
-                summarise(
-                    [each["baseline"] for each in group],
-                    [each[name] for each in group],
-                    key,
-                    sampled,
-                    steps=options.draft != "ngram",
-                )
-                for group in ([each for _, each in done], alike)
-            )
+            how = name, key, sampled, options.draft != "ngram"
+            part["summary"] = summarise([each for _, each in done], *how)
             if prompt.category is not None:
-                part["categories"][prompt.category] = of_category
+                part["categories"][prompt.category] = summarise(alike, *how)
 
 
 def describe_machine(options: argparse.Namespace, device: torch.device, processes: int) -> dict:

@@ -172,7 +172,7 @@ def test_a_tie_is_shown_with_its_figures():
         sd.report_prompt(prompt, {"baseline": measured(), "K": result}, "K", "speculative", False, tokenizer)
         for prompt, result in zip(prompts, results, strict=True)
     ]
-    summary = sd.summarise([measured()] * 2, results, "speculative")
+    summary = sd.summarise([{"baseline": measured(), "K": result} for result in results], "K", "speculative")
     words = sd.in_words([{"draft_tokens": 3, "prompts": reports, "summary": summary}], [])
     assert words[-2] == "1 of 2 outputs are the main model's own, token for token."
     assert words[-1].startswith("Ties, the main model's own within its rounding: 1.")

@@ -193,7 +193,8 @@ def test_the_summary_by_hand():
     baselines = [run_of(21, 2.5, 0.5), run_of(11, 1.5, 0.5)]
     runs = [run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.3, 0.55), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.0, 0.6, 1.1)]
     runs[1].divergence = sd.Divergence(1, 1, 2, 0, 1, "tie")
-    summary = sd.summarise(baselines, runs, "speculative")
+    both = [dict(zip(("baseline", "K"), pair, strict=True)) for pair in zip(baselines, runs, strict=True)]
+    summary = sd.summarise(both, "K", "speculative")
     counts = summary["speculative"]
     expected = {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0, "latency_min_s": 2.0, "latency_max_s": 2.0}
     assert summary["baseline"] == expected
@@ -220,7 +221,7 @@ def test_figures_that_cannot_be_had_are_none(llama):
     figures = sd.acceptance([one])
     assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
     baseline = alone(llama, PROMPT, 1)
-    summary = sd.summarise(*([sd.Measured([run])] for run in (baseline, one)), "speculative")
+    summary = sd.summarise([{"baseline": sd.Measured([baseline]), "K": sd.Measured([one])}], "K", "speculative")
     assert summary["predicted_speedup_percent"] is None
     assert sd.ratio(math.inf, 2) is None
 
