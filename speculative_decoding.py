@@ -42,6 +42,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import io
 import itertools
 import json
 import logging
@@ -101,7 +102,7 @@ def safe(text: str) -> str:
     Escape sequences, bidirectional overrides, zero-width characters, and what has no agreed look.
     """
     unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
-    return "".join("�" if unicodedata.category(sign) in unsafe and sign != "\n" else sign for sign in text)
+    return "".join("�" if unicodedata.category(char) in unsafe and char != "\n" else char for char in text)
 
 
 def plain(text: str) -> str:
@@ -110,7 +111,7 @@ def plain(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most 300 signs."""
+    """What an error of another library says, in one line of at most 300 characters."""
     said = getattr(error, "strerror", None) or str(error)
     text = plain(said.strip().partition("\n")[0]) or type(error).__name__
     return text if len(text) < 300 else text[:299] + "…"
@@ -203,8 +204,8 @@ class CachedModel:
     def step(self, choose: Callable, ids: Tensor, uniform: Tensor | None = None, last: int = 1) -> tuple[Tensor, ...]:
         """Read tokens, [1, n], and make of the logits what `choose`, of the next part, makes of them.
 
-        The logits at the last place, or at so many, or at all (0). Compiled if that is compiled for n tokens, else
-        eagerly: a prompt can have any length.
+        `last`: at how many of the last places there are logits; 0: at all. Compiled if that is compiled for n tokens,
+        else eagerly: a prompt can have any length.
         """
         if (compiled := self.compiled.get((choose.__name__, ids.shape[1]))) is None:
             return choose(self.read(ids, last), ids, uniform)
@@ -893,7 +894,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def speed(results: list[Measured]) -> dict:
     """New tokens, latency in seconds (the mean over the prompts), tokens per second (all tokens / all seconds).
 
-    Also what the latency would be if of all repeats always the fastest counted, or the slowest.
+    Also the mean latency of each prompt's fastest repeat, and of each prompt's slowest.
     """
     new_tokens = sum(len(result.run.token_ids) for result in results)
     seconds = sum(result.run.latency_s for result in results)
@@ -1121,19 +1122,17 @@ def print_summaries(console: Console, title: str, summaries: list[tuple[str, dic
 
 def print_chart(console: Console, runs: list[dict]) -> None:
     """Print bars: how many times as fast as the baseline each draft length was, and was predicted to be."""
-    bars = [
-        (f"K = {run['draft_tokens']}" * (kind == "measured"), kind, 1 + run["summary"][key] / 100, color)
+    kinds = {"measured": ("speedup_percent", "green"), "predicted": ("predicted_speedup_percent", "bright_black")}
+    times = {
+        (run["draft_tokens"], kind): 1 + run["summary"][key] / 100
         for run in runs
-        for kind, key, color in (
-            ("measured", "speedup_percent", "green"),
-            ("predicted", "predicted_speedup_percent", "bright_black"),
-        )
+        for kind, (key, _) in kinds.items()
         if run["summary"][key] is not None
-    ]
+    }
     chart = Table.grid(padding=(0, 1, 0, 0))
-    for name, kind, times, color in bars:
-        bar = Bar(max(times for _, _, times, _ in bars), 0, times, width=max(10, console.width - 30), color=color)
-        chart.add_row(name, kind, bar, f"{times:.2f} ×")
+    for (length, kind), value in times.items():
+        bar = Bar(max(times.values()), 0, value, width=max(10, console.width - 30), color=kinds[kind][1])
+        chart.add_row(f"K = {length}" if kind == "measured" else "", kind, bar, f"{value:.2f} ×")
     console.print(Text("Times as fast as the baseline", style="bold"))
     console.print(chart)
 
@@ -1181,7 +1180,7 @@ def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[s
         lines.append("Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.")
     else:
         if len(runs) > 1:
-            lines.append(f"The best draft length was {length}.")
+            lines.append(f"The fastest draft length in this run was {length}.")
         times = 1 + summary["speedup_percent"] / 100
         interval = summary["speedup_interval_percent"]
         sure = f" (95 % interval {1 + interval[0] / 100:.2f} to {1 + interval[1] / 100:.2f})" if interval else ""
@@ -1202,14 +1201,14 @@ def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[s
         parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
         spent = sum(counts[f"{part}_s"] for part in parts)
         shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % {words}" for part, words in parts.items()]
-        lines.append(f"Its time: {', '.join(shares)}.")
+        lines.append(f"Its time went to {', '.join(shares)}.")
         if times < 1:
             advice = "" if length == "auto" else "--draft-tokens auto, "
             other = "a smaller draft, or one that is right more often" if summary["draft_cost"] else "a draft model"
             lines.append(f"The draft does not pay here. Try {advice}{other}.")
         for other in compared:
             gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
-            lines.append(f"It was {figure(gain)} times as fast as {other['method']}.")
+            lines.append(f"Speculative decoding was {figure(gain)} times as fast as {other['method']}.")
 
     ours = [(run, report) for run in runs for report in run["prompts"] if not report["error"]]
     if all(report["identical"] is None for _, report in ours):
@@ -1245,11 +1244,11 @@ def save(path: str, option: str, text: str | None) -> None:
 
     Raises CannotRun, which names the option.
     """
-    target = pathlib.Path(path).resolve()  # a link stays a link
-    temporary = target.with_name(target.name + ".partial")
     with trying(f"write {path}", f"name another file with {option}"):
+        target = pathlib.Path(path).resolve()  # a link stays a link
         if target.exists() and not target.is_file():
             raise CannotRun(f"{path} is not a file that can be replaced; name another with {option}")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             temporary.write_text(text or "", encoding="utf-8")
             if text is not None:
@@ -1306,7 +1305,7 @@ def parse_prompt(content: str, where: str, number: int) -> Prompt:
         raise CannotRun(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
     if not text.strip():
         raise CannotRun(f"{where}: the prompt is empty; leave the line out")
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    if any("\ud800" <= char <= "\udfff" for char in text):
         raise CannotRun(f"{where}: half of a surrogate pair is not a character; leave it out")
     question_id = entry.get("question_id")
     question_id = question_id if isinstance(question_id, str | int) else None
@@ -1351,7 +1350,7 @@ def fetch(name: str, *patterns: str) -> str:
 
     Of that, the files that match the patterns; never any that could hold code. Raises CannotRun.
     """
-    if pathlib.Path(name).is_dir():
+    if os.path.isdir(name):
         return name
     refusal = hub_refuses(name)
     try:
@@ -1390,7 +1389,7 @@ NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 def load_config(name: str) -> transformers.PreTrainedConfig:
     """The configuration of a model whose cache can be rolled back. Raises CannotRun for any other."""
     folder = fetch(name, *NO_WEIGHTS)
-    with trying(f"load {name}", "the folder needs the config.json of a causal language model, whole"):
+    with trying(f"load {name}", "the folder needs the config.json of a causal language model, complete"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise CannotRun(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
@@ -1445,7 +1444,7 @@ def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dt
     """Load a model's weights, to where `placement` says. Raises CannotRun for what is broken or does not fit."""
     folder = fetch(name, *NO_WEIGHTS, "*.safetensors")
     safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    with trying(f"load {name}", "it needs memory, and safetensors weights of a causal language model, all whole"):
+    with trying(f"load {name}", "it needs memory, and safetensors weights of a causal language model, complete"):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **safely, **placement)
     if missing := sorted(loading["missing_keys"]):
         raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
@@ -1544,7 +1543,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     option(
         "--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest only (default: 0, from all)"
     )
-    option("--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest, of probability P together")
+    option(
+        "--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest, whose probabilities add up to P"
+    )
     option("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
     option = options_of("where to decode")
     option("--compile", choices=["auto", "on", "off"], default="auto", help="the steps (auto: on an NVIDIA GPU)")
@@ -1601,10 +1602,9 @@ def settle(options: argparse.Namespace, device: torch.device) -> str | None:
         options.compile = "on" if device.type == "cuda" and not options.device_map else "off"
     if options.dtype == "auto":
         options.dtype = "float32" if device.type == "cpu" else "bfloat16"
-    for option in ("json", "svg"):
-        path = getattr(options, option)
-        if path and os.path.realpath(path) == os.path.realpath(options.prompts):
-            raise CannotRun(f"--{option} {path} would replace the prompts; name another file")
+    files = [os.path.realpath(path) for path in (options.prompts, options.json, options.svg) if path]
+    if len(files) != len(set(files)):
+        raise CannotRun("--json and --svg need files of their own, which are not the prompts'; name others")
     return notice
 
 
@@ -1693,10 +1693,9 @@ def load_pair(options: argparse.Namespace, configs: dict, device: torch.device, 
 
 
 def compile_pair(
-    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int, errors: Console
+    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int, console: Console
 ) -> tuple:
     """The main model and the draft with compiled steps, for the numbers of tokens that come up; eager if that fails."""
-    errors.print("Compiling …", style="dim")
     start = time.perf_counter()
     capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
     try:
@@ -1709,7 +1708,7 @@ def compile_pair(
             for tokens in (1, 2):
                 draft.model.compile(rule.guess, tokens, rule.uniform(1))
     except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
-        errors.print(f"warning: compiling failed, running eagerly: {first_line(error)}")
+        console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
         options.compile = "off"
         main = CachedModel(main.model, main.vocabulary, main.device)
         if isinstance(draft, ModelDraft):
@@ -1850,7 +1849,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
     lengths = [prompt.ids.shape[1] for prompt in prompts]
     if options.compile == "on":
-        main, draft = compile_pair(options, main, draft, rule, max(lengths), errors)
+        errors.print("Compiling …", style="dim")
+        main, draft = compile_pair(options, main, draft, rule, max(lengths), console)
     with trying("decode with this pair", "lower --max-new-tokens, or take a smaller pair"):
         shortest = prompts[lengths.index(min(lengths))].ids
         methods, parts = choose_methods(options, main, draft, rule, shortest, errors)
@@ -1878,7 +1878,8 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     try:
         results = measure(main, mine, methods, options.repeats, options.warmup, not options.temperature, announce)
         for first in range(0, len(prompts), world.num_processes):
-            everyones = accelerate.utils.gather_object([next(results, None)])
+            with trying("hear from the other processes", "see what they say, and start again"):
+                everyones = accelerate.utils.gather_object([next(results, None)])
             bar.stop()
             for prompt, result in zip(prompts[first:], everyones, strict=False):
                 add_results(parts, done, prompt, result, tokenizer, options)
@@ -1891,19 +1892,16 @@ def run(options: argparse.Namespace, scratch: str) -> int:
                     if "method" not in parts[name]:
                         console.print(f"{name}:", style="bold")
                         print_text(console, tokenizer, result[name].run)
-    except (KeyboardInterrupt, CannotRun, RuntimeError) as error:
+    except (KeyboardInterrupt, CannotRun) as error:
         stopped = error  # and on: what was measured so far is reported all the same
     finally:
         bar.stop()
 
-    if done:
+    if done and all(part["summary"] for part in parts.values()):
         if stopped:
             console.print(f"Only {len(done)} of {len(prompts)} prompts: a part of the result.", style="bold")
         print_result(console, parts, options.repeats)
         write("svg", console.export_svg(title="speculative_decoding.py") if options.svg else None)
-    if isinstance(stopped, RuntimeError):
-        lost = f"another process of this run has ended ({first_line(stopped)}): see what it said, and start again"
-        raise CannotRun(lost) from stopped
     if isinstance(stopped, KeyboardInterrupt):
         errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
         return 130
@@ -1916,6 +1914,9 @@ def run(options: argparse.Namespace, scratch: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # for terminals and files that lack a character of the report
     options = parse_options(arguments)
     transformers.logging.set_verbosity_error()
     for library in ("accelerate", "huggingface_hub"):  # what they would say is said in one line, or in the table
@@ -1932,6 +1933,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except SystemExit:  # nobody reads the output any more
+        return 2
     except OSError as error:  # above all: standard output goes to a disk that is full
         print(f"error: cannot print the report: {first_line(error)}; send it elsewhere", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again

@@ -163,7 +163,7 @@ def test_several_lengths_share_one_baseline(tmp_path, capsys):
     assert set(report["runs"][0]["summary"]["speculative"]["drafted_histogram"]) == {"1"}
     costs = report["runs"][2]["costs"]
     assert set(costs["draft_pass_s"]) == {"1", "2"} and set(costs["main_pass_s"]) == {"1", "2", "3", "5", "9", "17"}
-    assert "By draft length" in printed and "The best draft length was" in printed
+    assert "By draft length" in printed and "The fastest draft length in this run was" in printed
     assert "All 6 outputs are the main model's own" in printed
     bars = [line for line in printed.splitlines() if "█" in line]
     assert [line.split()[-3] != "measured" for line in bars] and len(bars) == 6  # measured beside predicted, by length

@@ -261,9 +261,11 @@ def test_too_little_memory_for_measuring_costs_is_one_line(tmp_path, capsys, mon
 def test_no_file_is_replaced_that_should_stay(tmp_path, capsys):
     prompts = write(tmp_path / "p.txt", "What does re.split do?")
     for option in ("--json", "--svg"):
-        assert "would replace the prompts" in refused(capsys, *QUICK, "--prompts", prompts, option, prompts)
+        assert "files of their own" in refused(capsys, *QUICK, "--prompts", prompts, option, prompts)
         assert "is not a file" in refused(capsys, *QUICK, option, "/dev/null")
         assert "cannot write" in refused(capsys, *QUICK, option, tmp_path / "no" / "file")
+    assert "files of their own" in refused(capsys, *QUICK, "--json", tmp_path / "both", "--svg", tmp_path / "both")
+    assert "is not a file" in refused(capsys, *QUICK, "--json", "/")
     assert prompts.read_text() == "What does re.split do?\n" and not os.path.isfile("/dev/null")
     earlier, link = write(tmp_path / "earlier.json", {}), tmp_path / "link.json"
     link.symlink_to(earlier)
@@ -437,7 +439,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
         second.send_signal(signal.SIGKILL)
         printed, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "another process of this run has ended" in said or "Interrupted after" in said
+    assert "cannot hear from the other processes" in said or "Interrupted after" in said
     assert re.search(r"^ +mean ", printed, re.MULTILINE)  # what was measured is reported
     assert len(texts_of(out)) >= 2
 
