@@ -428,7 +428,7 @@ def test_two_processes_give_what_one_gives(tmp_path, capsys):
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     out = tmp_path / "out.json"
-    with launched("--demo", "--warmup", 0, "--draft-tokens", 3, "--repeats", 4, "--json", out) as process:
+    with launched("--demo", "--warmup", 0, "--draft-tokens", 3, "--repeats", 2, "--json", out) as process:
         while not (out.exists() and json.loads(out.read_text())["runs"][0]["prompts"]):
             assert process.poll() is None
             time.sleep(0.1)
@@ -446,7 +446,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
 
 def test_bfloat16_outputs_are_the_same_or_tied(capsys):
     """The type that the default pair runs in: on the bundled pair, whatever parts, parts at a tie."""
-    assert run("--demo", "--dtype", "bfloat16", "--draft-tokens", 4, "--warmup", 0) == 0
+    assert run("--demo", "--dtype", "bfloat16", "--draft-tokens", 4, "--warmup", 0, "--max-new-tokens", 64) == 0
     printed = capsys.readouterr().out
     assert "bfloat16" in printed and "NOT the main model's own" not in printed
 
