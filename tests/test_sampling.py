@@ -204,12 +204,12 @@ EXPECTED = exact_distribution()
 @pytest.mark.parametrize(("draft", "k"), [(DRAFT, 2), (DRAFT, 1), ("ngram", 2)])
 def test_texts_have_the_main_models_distribution(draft, k):
     assert len(EXPECTED) > 20
-    assert p_value(sample(1000, sd.Sampling(**RULE), draft, k), EXPECTED) > 0.01
+    assert p_value(sample(600, sd.Sampling(**RULE), draft, k), EXPECTED) > 0.01
 
 
 def test_the_baselines_texts_have_it_too():
     counts, main, rule = {}, sd.CachedModel(MAIN), sd.Sampling(**RULE)
-    for number in range(1000):
+    for number in range(600):
         text = tuple(alone(main, PROMPT, 3, rule=rule, number=number).token_ids)
         counts[text] = counts.get(text, 0) + 1
     assert p_value(counts, EXPECTED) > 0.01
