@@ -201,10 +201,10 @@ def sample(samples, rule, draft=DRAFT, k=2, decode=sd.decode_speculatively):
 EXPECTED = exact_distribution()
 
 
-@pytest.mark.parametrize(("draft", "k"), [(DRAFT, 2), (DRAFT, 1), ("ngram", 2)])
-def test_texts_have_the_main_models_distribution(draft, k):
+@pytest.mark.parametrize(("draft", "k", "samples"), [(DRAFT, 2, 2000), (DRAFT, 1, 600), ("ngram", 2, 600)])
+def test_texts_have_the_main_models_distribution(draft, k, samples):
     assert len(EXPECTED) > 20
-    assert p_value(sample(600, sd.Sampling(**RULE), draft, k), EXPECTED) > 0.01
+    assert p_value(sample(samples, sd.Sampling(**RULE), draft, k), EXPECTED) > 0.01
 
 
 def test_the_baselines_texts_have_it_too():
