@@ -183,7 +183,7 @@ def test_what_differs_between_tokenizers_is_said(tmp_path, capsys):
     text = json.dumps(config).replace("<end_of_turn>", "<|im_end|>")
     (folder / "tokenizer_config.json").write_text(text)
     message = refused(capsys, "--main", MAIN, "--draft", folder)
-    assert "different tokenizers" in message and "_turn" in message or "im_end" in message
+    assert "different tokenizers" in message and re.search(r"'<end_of_turn>' is \d+ and nothing", message)
     assert "family, or --draft ngram" in message
 
 
