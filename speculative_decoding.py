@@ -1206,9 +1206,12 @@ def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[s
             advice = "" if length == "auto" else "--draft-tokens auto, "
             other = "a smaller draft, or one that is right more often" if summary["draft_cost"] else "a draft model"
             lines.append(f"The draft does not pay here. Try {advice}{other}.")
-        for other in compared:
-            gain = ratio(counts["tokens_per_s"], other["summary"]["compared"]["tokens_per_s"])
-            lines.append(f"Speculative decoding was {figure(gain)} times as fast as {other['method']}.")
+        for other in compared:  # with the same K
+            alike = next((run for run in runs if run["draft_tokens"] == other["draft_tokens"]), best)
+            gain = ratio(
+                *(of["tokens_per_s"] for of in (alike["summary"]["speculative"], other["summary"]["compared"]))
+            )
+            lines.append(f"With K = {alike['draft_tokens']} it was {figure(gain)} times as fast as {other['method']}.")
 
     ours = [(run, report) for run in runs for report in run["prompts"] if not report["error"]]
     if all(report["identical"] is None for _, report in ours):
@@ -1733,7 +1736,8 @@ def choose_methods(
         others = {"generate()": (None, None)}
         sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
         if sizes[0] == sizes[1]:
-            others |= {f"assist K={length}": (draft, length) for length in options.draft_tokens}
+            names = ["assisted" if length == "auto" else f"assist {length}" for length in options.draft_tokens]
+            others |= {name: (draft, length) for name, length in zip(names, options.draft_tokens, strict=True)}
         else:
             why = f"its vocabularies are padded differently, to {sizes[0]:,} and {sizes[1]:,} tokens"
             errors.print(f"warning: transformers' assisted generation refuses this pair ({why}): left out")
