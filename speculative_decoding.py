@@ -147,11 +147,15 @@ class CachedModel:
         self.model = model.eval().requires_grad_(False)
         self.device = device or model.device
         self.vocabulary = vocabulary
-        self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
-        self.lengths = None  # of the layers of a cache of fixed size: [] on the device, each
         config = model.config.get_text_config()
         builds_masks = config._attn_implementation == "eager" and hasattr(config, "layer_types")  # Gemma 2 does
         self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device) if builds_masks else None
+        self.run_eagerly()
+
+    def run_eagerly(self) -> None:
+        """Have no compiled steps, and a cache that grows."""
+        self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
+        self.lengths = None  # of the layers of a cache of fixed size: [] on the device, each
         self.new_text()
 
     def new_text(self, rolls_back: bool = True) -> None:
@@ -780,7 +784,7 @@ def find_divergence(
         main.read(prompt_ids[:, :-1], last=1)
     steps = (main.step(as_they_are, token)[0][0] for token in text[:, -len(speculative) :].split(1, dim=1))
     rows = zip(at_once, steps, strict=True)
-    noise = max((row.float() - alone.float()).abs().max().item() for row, alone in rows)
+    noise = torch.stack([(row.float() - alone.float()).abs().max() for row, alone in rows]).max().item()
 
     # One text a mere beginning of the other: no rounding makes a loop stop early, or go on behind the end.
     kind = "tie" if gap <= noise and index < shorter else "mismatch"
@@ -813,8 +817,8 @@ def decode_by_transformers(
 ) -> Decoded:
     """What a user would run instead: transformers' own generate(), assisted by the draft if there is one.
 
-    draft_tokens: K for every round, or None for the library's defaults. Nothing but decoding by our rule runs, whatever
-    the models' own generation configs ask for (sampling, repetition penalties, …).
+    draft_tokens: K for every round, or None for the library's defaults. Nothing but decoding by our rule runs: what the
+    models' own generation configs ask for (sampling, repetition penalties, …) is dropped, for good.
     """
     settings = {"max_new_tokens": prompt.max_new_tokens, "eos_token_id": sorted(prompt.end_ids) or None}
     settings |= {"pad_token_id": 0, "do_sample": False}
@@ -829,22 +833,17 @@ def decode_by_transformers(
         if draft_tokens:
             of_draft |= {"num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
             of_draft |= {"assistant_confidence_threshold": 0.0}
-    saved = [model.generation_config for model in models]
-    for model in models:  # the library reads what it is not told from these
+    for model in models:  # the library reads from these what it is not told; nobody else does
         model.generation_config = GenerationConfig(**(of_draft if model is not main.model else {}))
-    try:
-        start = now(main.device)
-        output = main.model.generate(
-            prompt.ids,
-            attention_mask=torch.ones_like(prompt.ids),
-            generation_config=GenerationConfig(**settings),
-            assistant_model=models[1] if len(models) > 1 else None,
-        )
-        tokens = output[0, prompt.ids.shape[1] :].tolist()
-        return Decoded(tokens, now(main.device) - start)
-    finally:
-        for model, config in zip(models, saved, strict=True):
-            model.generation_config = config
+    start = now(main.device)
+    output = main.model.generate(
+        prompt.ids,
+        attention_mask=torch.ones_like(prompt.ids),
+        generation_config=GenerationConfig(**settings),
+        assistant_model=models[1] if len(models) > 1 else None,
+    )
+    tokens = output[0, prompt.ids.shape[1] :].tolist()  # the host waits for the last of them
+    return Decoded(tokens, now(main.device) - start)
 
 
 def measure(
@@ -1348,6 +1347,7 @@ def hub_refuses(name: str) -> Exception | None:
         return error
 
 
+@functools.cache
 def fetch(name: str, *patterns: str) -> str:
     """The folder of a model: the name itself if it is one, else the hub's model of that name, downloaded if need be.
 
@@ -1412,7 +1412,7 @@ def count_parameters(config: transformers.PreTrainedConfig) -> int:
         with accelerate.init_empty_weights(include_buffers=True):  # so nothing at all is allocated
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-        return sum(weight.numel() for weight in model.parameters())
+        return model.num_parameters()
 
 
 def cache_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: int) -> float:
@@ -1423,14 +1423,16 @@ def cache_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: 
     return 2 * config.num_hidden_layers * heads * size * tokens * dtype.itemsize / 1e9
 
 
-def check_memory(configs: dict[str, transformers.PreTrainedConfig], dtype: torch.dtype, device, tokens: int) -> None:
-    """Raise CannotRun if the device has less free memory than the models' weights and caches take."""
+def check_memory(
+    configs: dict[str, transformers.PreTrainedConfig], sizes: dict[str, int], dtype: torch.dtype, device, tokens: int
+) -> None:
+    """Raise CannotRun if the device has less free memory than the models' weights and caches take.
+
+    sizes: the number of weights of each model; tokens: the most of a text.
+    """
     limits = accelerate.utils.get_max_memory()
     free = limits.get(device.type, limits.get(device.index or 0, math.inf)) / 1e9
-    needs = {
-        name: (count_parameters(config) * dtype.itemsize / 1e9, cache_gb(config, dtype, tokens))
-        for name, config in configs.items()
-    }
+    needs = {name: (sizes[name] * dtype.itemsize / 1e9, cache_gb(configs[name], dtype, tokens)) for name in configs}
     if (needed := sum(map(sum, needs.values()))) <= free:
         return
     parts = ", ".join(f"{name} {weights:.1f} + {cache:.1f}" for name, (weights, cache) in needs.items())
@@ -1527,43 +1529,40 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
     heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
 
-    def options_of(title: str):
-        return parser.add_argument_group(title).add_argument
-
-    option = options_of("the pair and the prompts")
-    option("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    option("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
-    option("--demo", action="store_true", help="the bundled pair and its own prompts: anywhere, offline, in seconds")
-    option("--prompts", metavar="FILE", help="one prompt a line; or .jsonl, as of Spec-Bench (default: prompts.txt)")
-    option("--limit", metavar="N", type=positive, help="take N of the prompts, spread evenly over their categories")
-    option("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    option = options_of("how to decode")
-    option("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
-    option("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
+    add_argument = parser.add_argument_group("the pair and the prompts").add_argument
+    add_argument("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
+    add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
+    add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
+    add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
+    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
+    add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    add_argument = parser.add_argument_group("how to decode").add_argument
+    add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
+    add_argument("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
     lengths = "how many tokens a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
-    option("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
-    option("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens (default: 0, take the likeliest)")
-    option(
-        "--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest only (default: 0, from all)"
+    add_argument("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
+    add_argument("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens (default: 0, the likeliest)")
+    add_argument("--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest (default: 0, all)")
+    add_argument(
+        "--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)"
     )
-    option(
-        "--top-p", metavar="P", type=share, default=1.0, help="draw from the likeliest, whose probabilities add up to P"
+    add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
+    add_argument = parser.add_argument_group("where to decode").add_argument
+    add_argument(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="auto (the default): on a CUDA device"
     )
-    option("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
-    option = options_of("where to decode")
-    option("--compile", choices=["auto", "on", "off"], default="auto", help="the steps (auto: on an NVIDIA GPU)")
-    option("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU if there is one)")
+    add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
     kinds = ["auto", "float32", "bfloat16", "float16"]
-    option("--dtype", choices=kinds, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
-    option("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
-    option("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
-    option = options_of("what to measure and show")
-    option("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
-    option("--repeats", metavar="N", type=positive, default=1, help="runs of each; the median counts (default: 1)")
-    option("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
-    option("--show-text", action="store_true", help="print the texts, each token by where it comes from")
-    option("--json", metavar="FILE", help="write all that was measured, after each prompt")
-    option("--svg", metavar="FILE", help="write the report as a picture")
+    add_argument("--dtype", choices=kinds, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_argument("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
+    add_argument("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
+    add_argument = parser.add_argument_group("what to measure and show").add_argument
+    add_argument("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
+    add_argument("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
+    add_argument("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
+    add_argument("--show-text", action="store_true", help="print the texts, each token by where it comes from")
+    add_argument("--json", metavar="FILE", help="write all that was measured, after each prompt")
+    add_argument("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
     options = parser.parse_args(arguments)
     if options.demo and (options.main or options.draft not in (None, "ngram")):
@@ -1646,7 +1645,7 @@ def encode_all(
 
 
 def read_all(options: argparse.Namespace, device: torch.device, errors: Console) -> tuple:
-    """The configurations by role, the tokenizer, and the prompts that fit: all that is needed before any weights.
+    """By role, configurations and numbers of weights; the tokenizer; the prompts that fit: all but the weights.
 
     A pair that cannot run is refused here. Raises CannotRun.
     """
@@ -1659,11 +1658,12 @@ def read_all(options: argparse.Namespace, device: torch.device, errors: Console)
         errors.print(f"warning: {left_out}")
     if max(prompt.ids.max().item() for prompt in prompts) >= common_vocabulary(configs):
         raise CannotRun(f"the tokenizer of {options.main} has tokens that the models do not know; download them again")
+    sizes = {role: count_parameters(config) for role, config in configs.items()}
     if not options.device_map:
         tokens = max(prompt.ids.shape[1] for prompt in prompts) + options.max_new_tokens + longest(options)
-        named = {f"{role} {name}": configs[role] for role, name in names.items()}
-        check_memory(named, getattr(torch, options.dtype), device, tokens)
-    return configs, tokenizer, prompts
+        named = ({f"{role} {name}": of[role] for role, name in names.items()} for of in (configs, sizes))
+        check_memory(*named, getattr(torch, options.dtype), device, tokens)
+    return configs, sizes, tokenizer, prompts
 
 
 def common_vocabulary(configs: dict[str, transformers.PreTrainedConfig]) -> int:
@@ -1697,41 +1697,43 @@ def load_pair(options: argparse.Namespace, configs: dict, device: torch.device, 
 
 def compile_pair(
     options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int, console: Console
-) -> tuple:
-    """The main model and the draft with compiled steps, for the numbers of tokens that come up; eager if that fails."""
+) -> None:
+    """Compile the steps of both models, for the numbers of tokens that come up; they stay eager if that fails."""
     start = time.perf_counter()
     capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
+    models = [main] + ([draft.model] if isinstance(draft, ModelDraft) else [])
     try:
-        main.fix_size(capacity)
+        for model in models:
+            model.fix_size(capacity)
         main.compile(rule.next_token, 1, rule.uniform(1))
         for length in {0, *(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)}:
             main.compile(rule.judge, length + 1, last=0)
-        if isinstance(draft, ModelDraft):
-            draft.model.fix_size(capacity)
+        for model in models[1:]:
             for tokens in (1, 2):
-                draft.model.compile(rule.guess, tokens, rule.uniform(1))
+                model.compile(rule.guess, tokens, rule.uniform(1))
     except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
         console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
         options.compile = "off"
-        main = CachedModel(main.model, main.vocabulary, main.device)
-        if isinstance(draft, ModelDraft):
-            draft = ModelDraft(CachedModel(draft.model.model, main.vocabulary, main.device), rule)
+        for model in models:
+            model.run_eagerly()
     options.compile_s = time.perf_counter() - start
-    return main, draft
 
 
 def choose_methods(
     options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, prompt_ids: Tensor, errors: Console
-) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict]]:
-    """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON."""
+) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict], dict[str, dict]]:
+    """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON.
+
+    These apart: one for each draft length, and what we compare with.
+    """
     model = getattr(draft, "model", None)
-    methods, parts = {"baseline": functools.partial(decode_alone, main, rule)}, {}
+    methods, ours, compared = {"baseline": functools.partial(decode_alone, main, rule)}, {}, {}
     for length in options.draft_tokens:
         name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
         if length == "auto":
             part["costs"] = measure_costs(main, model, rule, prompt_ids, LONGEST_AUTO)
         chooser = AutoLength(LONGEST_AUTO, part["costs"]) if length == "auto" else FixedLength(length)
-        methods[name], parts[name] = functools.partial(decode_speculatively, main, draft, rule, chooser), part
+        methods[name], ours[name] = functools.partial(decode_speculatively, main, draft, rule, chooser), part
     if options.compare:
         others = {"generate()": (None, None)}
         sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
@@ -1746,8 +1748,8 @@ def choose_methods(
             methods[name] = functools.partial(decode_by_transformers, main, helper, rule, k)
             drafting = "its default K" if length == "auto" else f"K = {length}"
             said = f"transformers' assisted generation, {drafting}" if helper else "transformers' generate()"
-            parts[name] = {"method": said, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
-    return methods, parts
+            compared[name] = {"method": said, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
+    return methods, ours, compared
 
 
 def add_results(
@@ -1787,12 +1789,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def describe(console: Console, options: argparse.Namespace, environment: dict, configs: dict, prompts: int) -> None:
+def describe(
+    console: Console, options: argparse.Namespace, environment: dict, configs: dict, sizes: dict, prompts: int
+) -> None:
     """Print what is about to run."""
     console.print("Speculative decoding: does the draft pay?", style="bold")
     table = Table.grid(padding=(0, 2, 0, 0))
     for role, config in configs.items():
-        millions = count_parameters(config) / 1e6
+        millions = sizes[role] / 1e6
         size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
         layers = counted(config.get_text_config().num_hidden_layers, "layer")
         table.add_row(f"  {role}", plain(getattr(options, role)), f"{size} parameters, {layers}")
@@ -1810,21 +1814,21 @@ def describe(console: Console, options: argparse.Namespace, environment: dict, c
         console.print(f"  {drawn}, seed {options.seed}; log-likelihoods are at temperature 1, with nothing cut off")
 
 
-def print_result(console: Console, parts: dict[str, dict], repeats: int) -> None:
+def print_result(console: Console, ours: dict[str, dict], compared: dict[str, dict], repeats: int) -> None:
     """Print the averages, what compares draft lengths and categories, and the result in words."""
-    ours = [part for part in parts.values() if "method" not in part]
-    best = best_run(ours)
-    print_reports(console, "", "mean", {name: part["summary"] for name, part in parts.items()})
+    runs, others = list(ours.values()), list(compared.values())
+    best = best_run(runs)
+    print_reports(console, "", "mean", {name: part["summary"] for name, part in (ours | compared).items()})
     console.print()
     if best["categories"]:
         print_summaries(console, "By category", [*best["categories"].items(), ("all prompts", best["summary"])])
         console.print()
-    if len(ours) > 1:
-        print_summaries(console, "By draft length", [(f"K = {run['draft_tokens']}", run["summary"]) for run in ours])
+    if len(runs) > 1:
+        print_summaries(console, "By draft length", [(name, run["summary"]) for name, run in ours.items()])
         console.print()
-        print_chart(console, ours)
+        print_chart(console, runs)
         console.print()
-    for line in in_words(ours, [part for part in parts.values() if "method" in part], repeats):
+    for line in in_words(runs, others, repeats):
         console.print(line)
 
 
@@ -1845,22 +1849,22 @@ def run(options: argparse.Namespace, scratch: str) -> int:
 
     write("json", None)  # better to fail now than when all is measured
     write("svg", None)
-    configs, tokenizer, prompts = read_all(options, device, errors)
+    configs, sizes, tokenizer, prompts = read_all(options, device, errors)
     environment = describe_machine(options, device, world.num_processes)
-    describe(console, options, environment, configs, len(prompts))
+    describe(console, options, environment, configs, sizes, len(prompts))
     main, draft, rule = load_pair(options, configs, device, scratch, errors)
     ends = frozenset() if options.ignore_eos else end_tokens(main.model)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
     lengths = [prompt.ids.shape[1] for prompt in prompts]
     if options.compile == "on":
         errors.print("Compiling …", style="dim")
-        main, draft = compile_pair(options, main, draft, rule, max(lengths), console)
+        compile_pair(options, main, draft, rule, max(lengths), console)
     with trying("decode with this pair", "lower --max-new-tokens, or take a smaller pair"):
         shortest = prompts[lengths.index(min(lengths))].ids
-        methods, parts = choose_methods(options, main, draft, rule, shortest, errors)
-    ours = [part for part in parts.values() if "method" not in part]
-    compared = [part for part in parts.values() if "method" in part]
-    report = {"environment": environment, "settings": vars(options), "runs": ours, "compared": compared}
+        methods, ours, compared = choose_methods(options, main, draft, rule, shortest, errors)
+    parts = ours | compared
+    report = {"environment": environment, "settings": vars(options)}
+    report |= {"runs": list(ours.values()), "compared": list(compared.values())}
 
     # A bar that redraws itself would take time from what is timed: this one is drawn between the runs only.
     columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
@@ -1872,7 +1876,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     task = bar.add_task("", total=len(methods) * (options.warmup + options.repeats * len(mine)) + 1)
 
     def announce(prompt: Prompt, what: str) -> None:
-        known = ours[0]["summary"]
+        known = report["runs"][0]["summary"]
         rate = f", {figure(known['speculative']['tokens_per_s'])} tokens/s so far" if known else ""
         bar.start()
         bar.update(task, description=f"prompt {prompt.number}: {what}{rate}", advance=1, refresh=True)
@@ -1892,10 +1896,9 @@ def run(options: argparse.Namespace, scratch: str) -> int:
                 failed += [result] if isinstance(result, str) else []
                 latest = {name: part["prompts"][-1] for name, part in parts.items()}
                 print_reports(console, str(prompt.number), prompt.text, latest)
-                for name in parts if options.show_text and isinstance(result, dict) else ():
-                    if "method" not in parts[name]:
-                        console.print(f"{name}:", style="bold")
-                        print_text(console, tokenizer, result[name].run)
+                for name in ours if options.show_text and isinstance(result, dict) else ():
+                    console.print(f"{name}:", style="bold")
+                    print_text(console, tokenizer, result[name].run)
     except (KeyboardInterrupt, CannotRun) as error:
         stopped = error  # and on: what was measured so far is reported all the same
     finally:
@@ -1904,7 +1907,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
     if done and all(part["summary"] for part in parts.values()):
         if stopped:
             console.print(f"Only {len(done)} of {len(prompts)} prompts: a part of the result.", style="bold")
-        print_result(console, parts, options.repeats)
+        print_result(console, ours, compared, options.repeats)
         write("svg", console.export_svg(title="speculative_decoding.py") if options.svg else None)
     if isinstance(stopped, KeyboardInterrupt):
         errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
@@ -1913,7 +1916,7 @@ def run(options: argparse.Namespace, scratch: str) -> int:
         raise stopped
     if not done:
         raise CannotRun(f"no prompt could be decoded ({failed[0]}): lower --max-new-tokens, or take a smaller pair")
-    return 1 if failed or any(part["summary"]["mismatches"] for part in ours) else 0
+    return 1 if failed or any(run["summary"]["mismatches"] for run in ours.values()) else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1939,8 +1942,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except SystemExit:  # nobody reads the output any more
         return 2
-    except OSError as error:  # above all: standard output goes to a disk that is full
-        print(f"error: cannot print the report: {first_line(error)}; send it elsewhere", file=sys.stderr)
+    except OSError as error:
+        why = f"{first_line(error)}, where the report or temporary files go"
+        print(f"error: cannot go on: {why}; make room, or send them elsewhere", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again
         return 2
 

@@ -281,7 +281,7 @@ def test_output_that_cannot_be_printed_is_one_line():
         done = subprocess.run(
             list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, timeout=100, check=False
         )
-    assert done.returncode == 2 and "error: cannot print the report: No space left on device" in done.stderr
+    assert done.returncode == 2 and "error: cannot go on: No space left on device, where the report" in done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
