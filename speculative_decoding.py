@@ -1548,9 +1548,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
     add_argument = parser.add_argument_group("where to decode").add_argument
-    add_argument(
-        "--compile", choices=["auto", "on", "off"], default="auto", help="auto (the default): on a CUDA device"
-    )
+    add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
     add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
     kinds = ["auto", "float32", "bfloat16", "float16"]
     add_argument("--dtype", choices=kinds, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
