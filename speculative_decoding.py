@@ -1,48 +1,49 @@
 #!/usr/bin/env python3
-"""Speculative decoding: how much faster is it with this pair of models, on this machine, and is the output unchanged?
+"""How much faster is speculative decoding with this pair of models on this machine, and is the output unchanged?
 
     python speculative_decoding.py                       gemma-2-9b-it and gemma-2-2b-it on the GPU, prompts.txt
     python speculative_decoding.py --demo                a bundled pair of tiny models: anywhere, offline, in seconds
     python speculative_decoding.py --main A --draft B --prompts my.txt
 
-The idea (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). A large language model writes
-one token per forward pass, and a pass spends its time reading the weights from memory. Reading them once to look at
-five tokens costs hardly more than to look at one. So a small *draft* model guesses the next K tokens, one by one, and
-the large *main* model looks at all of them in a single pass, which says at each place what it would have written
-itself. The guesses are kept up to the first wrong one, and in its place stands the main model's own token:
+A large language model generates text by *autoregressive decoding*: one forward pass for each token, and most of a pass
+is spent reading the weights from memory. To read them once for five tokens takes hardly longer than for one. This is
+what speculative decoding uses (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). A small
+*draft model* proposes K *draft tokens*, one after the other. The large *main model* (or target model) *verifies* them
+in one forward pass, which gives its own choice at K + 1 positions, each behind the draft tokens before it. Draft tokens
+are *accepted* while they are what the main model chose; the first that is not is *rejected*, and the main model's own
+token takes its place. If all are accepted, the pass has yielded one token more, the *bonus token*.
 
-    the text so far              The capital of France is
-    the draft guesses            Paris , which is
-    the main model would write   Paris . It lies on                  (one pass: one token more than was guessed)
-    so the text goes on          Paris .
+    the text so far             The capital of France is
+    draft tokens, K = 4         Paris , which is
+    the main model's choices    Paris . which is also           (one pass, K + 1 positions)
+    emitted                     Paris .                         (one accepted draft token, one of its own)
 
-One pass of the main model gave two tokens, and both are exactly those that it would have written alone. That holds
-for any draft; a bad one only costs time. How much a good one gains is what this program measures. Where tokens are not
-chosen but drawn (--temperature), guesses are kept and thrown away by chance, in such a way that the text is drawn from
-exactly the main model's own distribution.
+The text is what the main model would have generated alone, whatever the draft; a bad draft only costs time. Two figures
+say how good a draft is: the *acceptance rate*, accepted / drafted tokens, and the *mean acceptance length*, the tokens
+that a pass of the main model yields. With sampling (--temperature), a draft token x is accepted with probability min(1,
+p(x) / q(x)), and after a rejection the next token is drawn from the *residual distribution*: the text has exactly the
+main model's distribution. Each model has a *KV cache*, the attention's keys and values of all tokens that it has read;
+what it holds of rejected tokens is removed by rolling it back.
 
-The file is meant to be read from top to bottom. Each part uses only what stands above it:
+Read the file from top to bottom; parts 1 to 5 are the whole algorithm:
 
-    1  a model with a cache that can be rolled back
-    2  choosing tokens: the likeliest, or drawn; and which guesses stand
-    3  decoding with the main model alone (the baseline)
-    4  speculative decoding: draft, verify, accept, roll back; two kinds of draft; how many tokens to draft
-    5  is the output the main model's own?
-    6  measuring: one prompt, all prompts, a summary
-    7  reporting: tables, the result in words, texts, JSON
-    8  loading: prompts, devices, models
-    9  the command line
+     1  a model with a KV cache that can be rolled back      7  compiled steps
+     2  tokens from logits: greedy, or sampled               8  the benchmark: methods, results, every figure
+     3  autoregressive decoding, the baseline                9  the report: tables, conclusions, texts, JSON
+     4  speculative decoding                                10  loading: prompts, devices, models
+     5  is it lossless?                                     11  the command line
+     6  how many tokens to draft
 
-What is deliberately not here: batches of more than one text, and trees of guesses.
+What is deliberately not here: batches of more than one text, and trees of draft tokens.
 """
 
 import argparse
-import collections
 import contextlib
+import copy
 import dataclasses
+import datetime
 import errno
 import functools
-import io
 import itertools
 import json
 import logging
@@ -56,7 +57,9 @@ import sys
 import tempfile
 import time
 import unicodedata
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # what follows takes seconds to import: Ctrl-C ends the program quietly in these, too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -67,376 +70,247 @@ import numpy
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from rich.bar import Bar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot, pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-)
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, StaticLayer
 
-HERE = pathlib.Path(__file__).resolve().parent
-BUNDLED = HERE / "tests" / "tiny_gemma2"
-DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
-LONGEST_AUTO = 16  # the most tokens that a round drafts where the program itself chooses how many
-
-
-class CannotRun(Exception):
-    """The program cannot do what was asked; the message is one line that says what is wrong and how to mend it."""
-
-
-# Text from models, files and other libraries is data: nothing in it controls the terminal or is taken for markup.
-
-
-def safe(text: str) -> str:
-    """Text with its line ends, but � instead of all else that controls or formats.
-
-    Escape sequences, bidirectional overrides, zero-width characters, and what has no agreed look.
-    """
-    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
-    return "".join("�" if unicodedata.category(char) in unsafe and char != "\n" else char for char in text)
-
-
-def plain(text: str) -> str:
-    """Text as one line that is safe to print: line ends, tabs and the like become spaces."""
-    return safe(" ".join(text.split()))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most 300 characters."""
-    said = getattr(error, "strerror", None) or str(error)
-    text = plain(said.strip().partition("\n")[0]) or type(error).__name__
-    return text if len(text) < 300 else text[:299] + "…"
-
-
-@contextlib.contextmanager
-def trying(what: str, mend: str) -> Iterator[None]:
-    """Make CannotRun of any error: broken files and folders can make libraries raise anything."""
-    try:
-        yield
-    except CannotRun:
-        raise
-    except Exception as error:
-        raise CannotRun(f"cannot {what}: {first_line(error)}; {mend}") from error
-
-
-# 1  A model with a cache that can be rolled back ----------------------------------------------------------------------
+# 1  A model with a KV cache that can be rolled back -------------------------------------------------------------------
 
 
 class CachedModel:
-    """A causal language model, and the keys and values of the text that it has read.
+    """A causal language model, and its KV cache of one text: the keys and values of all tokens that it has read.
 
-    Each call reads further tokens of one text. `roll_back` forgets the latest ones again: it is what lets a wrong guess
-    disappear without reading the text anew. Two caches are possible: one that grows, for eager runs, and one of fixed
-    size, for compiled ones.
+    Every forward pass appends to the cache. `roll_back` removes the latest tokens again: that is how rejected draft
+    tokens are undone without reading the text anew.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
-        """`vocabulary`: logits are cut to so many tokens (models of one family are padded differently).
+        """`vocabulary`: logits are cut to so many tokens, as the models of one family can be padded differently.
 
-        `device`: where its inputs go, if that is not where all of its weights are.
+        `device`: where its inputs go, if its weights are on several devices.
         """
-        self.model = model.eval().requires_grad_(False)
+        self.model, self.vocabulary = model.eval().requires_grad_(False), vocabulary
         self.device = device or model.device
-        self.vocabulary = vocabulary
+        # With full and sliding attention (not with chunked), a single token attends to all that the cache returns. Some
+        # models (Gemma 2) would build a mask that says so, in every step; this one is broadcast to any length.
         config = model.config.get_text_config()
-        builds_masks = config._attn_implementation == "eager" and hasattr(config, "layer_types")  # Gemma 2 does
-        self.all_seen = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device) if builds_masks else None
-        self.run_eagerly()
+        kinds = set(getattr(config, "layer_types", None) or ["unknown"])
+        builds_masks = config._attn_implementation == "eager" and kinds <= {"full_attention", "sliding_attention"}
+        self.full_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=self.device) if builds_masks else None
+        self.reset()
 
-    def run_eagerly(self) -> None:
-        """Have no compiled steps, and a cache that grows."""
-        self.compiled = {}  # (what is made of the logits, number of tokens): the compiled step
-        self.lengths = None  # of the layers of a cache of fixed size: [] on the device, each
-        self.new_text()
-
-    def new_text(self, rolls_back: bool = True) -> None:
-        """Forget the text. A cache that never rolls back need not keep what leaves a sliding window."""
-        if self.lengths is not None:
-            self.cache.reset()  # new storage would mean new graphs
-            return
+    def reset(self, rolls_back: bool = True) -> None:
+        """Empty the cache. One that is never rolled back need not keep what has left a sliding window."""
         self.cache = DynamicCache(config=self.model.config)
         if rolls_back:
             self.cache.activate_past_recording()
 
     def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
-        """Begin a text with a prompt, [1, n], n ≥ 1; return the logits at its last token, [1, vocabulary]."""
-        self.new_text(rolls_back)
-        if self.lengths is None:
-            return self.read(prompt_ids, last=1)
-        grown = DynamicCache(config=self.model.config)  # faster: it holds the prompt, and not room for a whole text
-        grown.activate_past_recording()
-        logits = self.read(prompt_ids, last=1, cache=grown)
-        for fixed, layer in zip(self.cache.layers, grown.layers, strict=True):
-            if isinstance(fixed, StaticLayer):
-                fixed.keys[:, :, : layer.keys.shape[2]] = layer.keys
-                fixed.values[:, :, : layer.values.shape[2]] = layer.values
-        torch._foreach_add_(self.lengths, prompt_ids.shape[1])
-        return logits
+        """Begin a text with a prompt, ids [1, n], n ≥ 1; return the logits after its last token, [1, vocabulary]."""
+        self.reset(rolls_back)
+        return self.forward(prompt_ids, logits_to_keep=1)
 
-    def read(self, ids: Tensor, last: int = 0, cache: Cache | None = None) -> Tensor:
-        """Read further tokens; return the logits at each of them: what the model expects to come next.
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        """Read further tokens, ids [1, n], n ≥ 1, into the cache.
 
-        ids: [1, n], n ≥ 1. Returns [n, vocabulary], or [last, vocabulary] where only the last places matter.
+        Returns the logits after each of them, [n, vocabulary], or after the last few, [logits_to_keep, vocabulary].
         """
-        cache = cache or self.cache
-        grows = isinstance(cache, DynamicCache)
-        # A single token sees all that a growing cache returns: models that would build masks to say so are given one.
-        mask = self.all_seen if grows and ids.shape[1] == 1 else None
-        with torch.inference_mode() if grows else torch.no_grad():  # the former is faster, but cannot be compiled
-            output = self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=last
-            )
-        return output.logits[0, :, : self.vocabulary]
+        mask = self.full_mask if ids.shape[1] == 1 else None
+        how = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+        return self.model(ids, attention_mask=mask, **how).logits[0, :, : self.vocabulary]
+
+    @torch.inference_mode()
+    def forward_without_cache(self, ids: Tensor, logits_to_keep: int) -> Tensor:
+        """The same for a whole text, ids [1, n], in one pass that neither reads nor writes the cache."""
+        return self.model(ids, use_cache=False, logits_to_keep=logits_to_keep).logits[0, :, : self.vocabulary]
 
     def roll_back(self, tokens: int) -> None:
-        """Forget the latest tokens that were read; those before them are there to stay."""
-        if self.lengths is not None:  # what lies behind the length is masked, and written over by the next tokens
-            if tokens:
-                torch._foreach_add_(self.lengths, -tokens)
-        elif tokens or self.cache.get_seq_length():
-            self.cache.crop(-tokens)  # by 0, too: sliding windows then drop what no roll-back can bring back
+        """Remove the latest tokens from the cache: at most those read since the last roll-back; the others stay."""
+        self.cache.crop(-tokens)  # by 0, too: sliding windows then drop what no later roll-back can need
 
-    def step(self, choose: Callable, ids: Tensor, uniform: Tensor | None = None, last: int = 1) -> tuple[Tensor, ...]:
-        """Read tokens, [1, n], and make of the logits what `choose`, of the next part, makes of them.
+    def step(self, head: Callable, ids: Tensor, uniform: Tensor | None = None, logits_to_keep: int = 1) -> Any:
+        """Read tokens, ids [1, n], and return what a head (see part 2) makes of the logits and of random numbers."""
+        return head(self.forward(ids, logits_to_keep), ids, uniform)
 
-        `last`: at how many of the last places there are logits; 0: at all. Compiled if that is compiled for n tokens,
-        else eagerly: a prompt can have any length.
-        """
-        if (compiled := self.compiled.get((choose.__name__, ids.shape[1]))) is None:
-            return choose(self.read(ids, last), ids, uniform)
-        # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
-        # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
-        # they take outputs that are still held for memory in use, and record themselves anew.
-        torch.compiler.cudagraph_mark_step_begin()
-        return tuple(output.clone() for output in compiled(ids, uniform))
-
-    def verify(self, judge: Callable, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the text's last token and K drafted ones, [1, K+1], in one pass.
-
-        Returns what `judge` makes of the logits after each of them, [K+1, …], and the natural logarithm of the main
-        model's probability of each drafted token, given all before it, [K], in float32: of its plain distribution,
-        whatever the temperature.
-        """
-        tokens = ids.shape[1]
-        width = min((n for name, n in self.compiled if name == judge.__name__ and n >= tokens > 1), default=tokens)
-        if width == tokens:
-            return self.step(judge, ids, last=0)
-        # A pass of a compiled width: ignore the padding, and forget it.
-        verdict, log_likelihood = self.step(judge, torch.nn.functional.pad(ids, (0, width - tokens)), last=0)
-        self.roll_back(width - tokens)
-        return verdict[:tokens], log_likelihood[: tokens - 1]
-
-    def fix_size(self, capacity: int) -> None:
-        """Give the cache a fixed size, for compiled steps: `capacity` is the most tokens of a text.
-
-        Layers with sliding windows are stored in full, too: the mask hides what lies outside a window, and whole layers
-        can roll back by moving a length. Raises NotImplementedError for caches of another kind.
-        """
-        layers = DynamicCache(config=self.model.config).layers
-        if not {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}.issuperset(map(type, layers)):
-            raise NotImplementedError(f"{self.model.config.model_type} needs a cache of its own kind")
-        self.cache = Cache(layers=[layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers])
-        # Read something before compiling: graphs need the storage at an address that never changes.
-        self.read(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-        self.lengths = [layer.cumulative_length for layer in self.cache.layers if type(layer) is StaticLayer]
-
-    @torch.no_grad()
-    def compile(self, choose: Callable, tokens: int, uniform: Tensor | None = None, last: int = 1) -> None:
-        """Compile a step for a number of tokens, once; the cache must have a fixed size. Forgets the text.
-
-        The step is compiled whole, from the tokens to what is made of the logits, so that only this leaves it. Raises
-        what the compiler raises.
-        """
-        if (choose.__name__, tokens) in self.compiled:
-            return
-
-        def whole(ids: Tensor, uniform: Tensor | None) -> tuple[Tensor, ...]:
-            return choose(self.read(ids, last), ids, uniform)
-
-        # What mode="reduce-overhead" means; and no guards. These would check before each step, for a millisecond, that
-        # nothing of the model has changed, which nothing does: the number of tokens chooses the function, see `step`.
-        options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        step = torch.compile(whole, dynamic=False, isolate_recompiles=True, options=options)
-        self.compiled[choose.__name__, tokens] = step
-        for _ in range(3):  # compile; capture a graph; replay it
-            self.new_text()
-            self.step(choose, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, last)
+    def verify(self, score: Callable, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the text's last token and K draft tokens, ids [1, K+1], in one pass; return what `score` makes of it."""
+        return self.step(score, ids, logits_to_keep=0)
 
 
-# 2  Choosing tokens ---------------------------------------------------------------------------------------------------
+# 2  Tokens from logits ------------------------------------------------------------------------------------------------
 
 
-class Greedy:
-    """The rule that chooses the likeliest token. A guess stands if it is that token.
+class Sampler:
+    """The rule that chooses tokens, and accepts or rejects draft tokens: Greedy or Sampling.
 
-    `next_token`, `guess` and `judge` are what a CachedModel's steps make of logits, [n, vocabulary]. They are given the
-    ids that were read, too, [1, n], and a random number, [1], if the rule draws.
+    Three methods are heads: functions of logits, [n, vocabulary], of the ids that were read, [1, n], and of random
+    numbers, [1] or None. They run on the device, and can be compiled together with the forward pass.
+      sample        the next token, [1, 1], from the logits before it, [1, vocabulary]
+      sample_draft  that token, its probability, [1], and the distribution q it was drawn from, [1, vocabulary], or None
+      score         of a verify pass, [K+1, vocabulary]: the target output, [K+1, …], by which `accept` decides; and the
+                    log-likelihood of each draft token under the main model at temperature 1, [K], in nats, float32
+    `accept` returns what a round emits, from the target output, the draft tokens, [K], and q, [K, vocabulary] or None:
+    the accepted draft tokens, and one token of the main model's own. For this the host waits for the device.
     """
 
     def restart(self, number: int) -> None:
-        """Begin the text of this number: what is drawn depends on nothing else."""
+        """Begin the text of this number: its random numbers depend on nothing but the number and the seed."""
 
-    def uniform(self, numbers: int) -> Tensor | None:
-        """Random numbers in [0, 1), [numbers], in float32; None if the rule draws nothing."""
+    def uniform(self, count: int) -> Tensor | None:
+        """Random numbers in [0, 1), [count], float32; None if the sampler needs none."""
 
-    def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor]:
-        """The next token, [1, 1], from the logits before it, [1, vocabulary]."""
-        return (logits.argmax(dim=-1, keepdim=True),)
 
-    def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor | None) -> tuple[Tensor, ...]:
-        """A draft's guess, [1, 1], its probability, [1], and, if it was drawn, from what, [1, vocabulary]; float32."""
+class Greedy(Sampler):
+    """Choose the likeliest token; accept a draft token if it is that token."""
+
+    def sample(self, logits: Tensor, ids: Tensor, uniform: None) -> Tensor:
+        return logits.argmax(dim=-1, keepdim=True)
+
+    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor, None]:
         logits = logits.float()
         best, token = logits.max(dim=-1, keepdim=True)
-        return token, (best[0] - logits.logsumexp(dim=-1)).exp()
+        return token, (best[0] - logits.logsumexp(dim=-1)).exp(), None
 
-    def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
-        """What decides about guesses, and their log-likelihood, [K], from the logits of a verify pass, ids [1, K+1].
+    def score(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
+        return logits.argmax(dim=-1), log_likelihood(logits, ids)  # the target output: its own choices, [K+1]
 
-        Here it is the main model's own choice at each place, [K+1].
-        """
-        return logits.argmax(dim=-1), log_likelihood(logits, ids)
-
-    def emit(self, verdict: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
-        """The guesses that stand, and one token of the main model's own. Reads from the device: the host waits.
-
-        verdict: of `judge`; guesses: [K]; q: what they were drawn from, [K, vocabulary], or None.
-        """
-        read = torch.cat([guesses, verdict]).tolist()
-        d, g = read[: len(guesses)], read[len(guesses) :]
-        n = next((i for i in range(len(d)) if d[i] != g[i]), len(d))
-        return g[: n + 1]  # g1 … gn are d1 … dn
+    def accept(self, target: Tensor, draft_ids: Tensor, q: None) -> list[int]:
+        both = torch.cat([draft_ids, target]).tolist()  # one read from the device
+        drafted, chosen = both[: len(draft_ids)], both[len(draft_ids) :]
+        accepted = next((place for place, token in enumerate(drafted) if token != chosen[place]), len(drafted))
+        return chosen[: accepted + 1]  # accepted draft tokens are the main model's choices
 
 
-class Sampling(Greedy):
-    """The rule that draws tokens, from the model's distribution with a temperature, cut to the likeliest tokens.
-
-    Its methods take and return what those of the greedy rule do.
-    """
+class Sampling(Sampler):
+    """Draw tokens from the model's distribution, with temperature, top-k and top-p: speculative sampling."""
 
     def __init__(self, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0, device="cpu"):
         """`top_k` 0 and `top_p` 1 cut nothing off. One seed and number give the same random numbers on one machine."""
-        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
-        self.generator = torch.Generator(device)
-
-    def restart(self, number: int) -> None:
-        self.generator.manual_seed(self.seed * 2**20 + number)
-
-    def uniform(self, numbers: int) -> Tensor:
-        return torch.rand(numbers, generator=self.generator, device=self.generator.device)
+        self.settings = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.warpers = [transformers.TemperatureLogitsWarper(temperature)]
+        self.warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+        self.warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+        self.seed, self.generator = seed, torch.Generator(device)
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from, [n, vocabulary], in float32: temperature, then top-k, then top-p.
+        """What tokens are drawn from, [n, vocabulary], float32: the logits of both models go through here."""
+        logits = logits.float()
+        for warper in self.warpers:
+            logits = warper(None, logits)
+        return logits.softmax(dim=-1)
 
-        Top-p keeps the likeliest tokens, as few as together have a probability of at least p. Both models' go through
-        here: a guess is drawn from one such distribution, and judged by the other.
-        """
-        scaled = logits.float() / self.temperature
-        if self.top_k:
-            least = scaled.topk(min(self.top_k, scaled.shape[-1])).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, -math.inf)
-        probabilities = scaled.softmax(dim=-1)
-        if self.top_p < 1:
-            falling, order = probabilities.sort(dim=-1, descending=True)
-            falling = falling.masked_fill(falling.cumsum(dim=-1) - falling >= self.top_p, 0.0)
-            probabilities = torch.zeros_like(falling).scatter(-1, order, falling)
-            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        return probabilities
+    def sample(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+        return draw(self.distribution(logits), uniform)
 
-    def next_token(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor]:
-        return (draw(self.distribution(logits), uniform),)
-
-    def guess(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.distribution(logits)
         token = draw(q, uniform)
         return token, q.gather(1, token)[0], q
 
-    def judge(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
-        """As above; here it is the main model's distribution at each place, [K+1, vocabulary]."""
-        return self.distribution(logits), log_likelihood(logits, ids)
+    def score(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
+        return self.distribution(logits), log_likelihood(logits, ids)  # the target output: p, [K+1, vocabulary]
 
-    def emit(self, verdict: Tensor, guesses: Tensor, q: Tensor | None) -> list[int]:
-        """As above: guesses stand or not by chance, and the text has the main model's own distribution."""
-        if q is None:  # the draft drew nothing: it was certain
-            q = torch.nn.functional.one_hot(guesses, verdict.shape[1]).to(verdict.dtype)
-        uniforms = self.uniform(len(guesses) + 1)  # one for each decision: none is ever used twice
-        accepted, following = accept(verdict, q, guesses, uniforms[:-1])
-        n, token, *d = torch.cat([accepted, draw(following, uniforms[-1:])[0], guesses]).tolist()
-        return [*d[:n], token]
+    def accept(self, target: Tensor, draft_ids: Tensor, q: Tensor | None) -> list[int]:
+        if q is None:  # a draft that draws nothing is certain of its tokens
+            q = one_hot(draft_ids, target.shape[1]).to(target.dtype)
+        uniform = self.uniform(len(draft_ids) + 1)  # one for each decision: none is used twice
+        accepted, following = accept_or_resample(target, q, draft_ids, uniform[:-1])
+        n, token, *drafted = torch.cat([accepted, draw(following, uniform[-1:])[0], draft_ids]).tolist()
+        return [*drafted[:n], token]
+
+    def restart(self, number: int) -> None:
+        self.generator.manual_seed(self.seed * 2**20 + number)
+
+    def uniform(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator, device=self.generator.device)
 
 
-def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of each token but the first, ids [1, K+1], by the logits before it, [K+1, vocabulary]: [K], in float32."""
-    return -torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
+def accept_or_resample(p: Tensor, q: Tensor, draft_ids: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of accepted draft tokens, [1], and the distribution to draw the next token from, [1, vocabulary].
+
+    Leviathan et al. 2023, algorithm 1 and appendix A.1. p: the main model's distributions, [K+1, vocabulary]; q: those
+    that the draft tokens were drawn from, [K, vocabulary]; draft_ids: [K]; uniform: random numbers in [0, 1), [K].
+
+    A draft token x is accepted with probability min(1, p(x) / q(x)): where the draft draws it more often than the main
+    model would, the excess is rejected. After a rejection, the next token is drawn from the residual distribution,
+    max(0, p - q) normalised: what the main model has more of. The two ways to emit a token add up to p. After the last
+    draft token there is no q to subtract, and the bonus token is drawn from p.
+    """
+    p_drafted, q_drafted = (of.gather(1, draft_ids[:, None])[:, 0] for of in (p[:-1], q))
+    is_accepted = uniform * q_drafted < p_drafted  # uniform < p / q
+    accepted = is_accepted.float().cumprod(dim=0).sum(dim=0, keepdim=True).long()  # float: MPS has no cumprod of int64
+    p_next = p.index_select(0, accepted)
+    residual = (p_next - pad(q, (0, 0, 0, 1)).index_select(0, accepted)).clamp(min=0)
+    total = residual.sum()
+    return accepted, torch.where(total > 0, residual / total, p_next)  # p = q but for rounding: nothing is left
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token, [1, 1], from probabilities, [1, vocabulary], with one random number in [0, 1), [1].
 
-    The first token up to which the probabilities sum to more than the number's share of them all; so never one of
-    probability 0. The sums of a large vocabulary want float64, where the device has it.
+    By inverting the cumulative distribution, so that a token of probability 0 is not drawn. The sums of a large
+    vocabulary want float64, where the device has it.
     """
-    exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    up_to = probabilities.cumsum(dim=-1, dtype=exact)
-    return (up_to <= uniform * up_to[:, -1:]).sum(dim=-1, keepdim=True)
+    exact = torch.float32 if probabilities.device.type in ("mps", "xpu") else torch.float64
+    cumulative = probabilities.cumsum(dim=-1, dtype=exact)
+    return (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
 
 
-def accept(p: Tensor, q: Tensor, guesses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """How many guesses stand, [1], and the distribution from which the next token is to be drawn, [1, vocabulary].
-
-    Leviathan et al. 2023, algorithm 1 and appendix A.1. p: the main model's distributions at each place and behind the
-    last, [K+1, vocabulary]; q: those that the guesses, [K], were drawn from, [K, vocabulary]; uniforms: random numbers
-    in [0, 1), [K]. A guess x stands with probability min(1, p(x) / q(x)): where the draft draws it more often than the
-    main model would, the surplus is thrown away. At the first that does not stand, the next token is drawn from what
-    the main model has more of, max(0, p - q), so that the two ways to a token sum to p. Behind the last guess there is
-    no q to subtract, and the next token is drawn from p itself.
-    """
-    p_guessed, q_guessed = (of.gather(1, guesses[:, None])[:, 0] for of in (p[:-1], q))
-    stands = uniforms * q_guessed < p_guessed  # without dividing: q may be 0
-    accepted = stands.long().cumprod(dim=0).sum(dim=0, keepdim=True)
-    p_there = p.index_select(0, accepted)
-    surplus = (p_there - torch.nn.functional.pad(q, (0, 0, 0, 1)).index_select(0, accepted)).clamp(min=0)
-    total = surplus.sum()
-    return accepted, torch.where(total > 0, surplus / total, p_there)  # p = q, but for rounding: nothing is left
+def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of each token but the first, ids [1, K+1], from the logits before it, [K+1, vocabulary]: [K], float32."""
+    return -cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="none")
 
 
-# 3  Decoding with the main model alone (the baseline) -----------------------------------------------------------------
+# 3  Autoregressive decoding, the baseline -----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt, and how far its answer may go."""
+    """A prompt, and where its output ends."""
 
     text: str
     number: int  # in its file, from 1; random numbers depend on it
     category: str | None = None
     question_id: str | int | None = None
-    ids: Tensor | None = None  # [1, n], n ≥ 1, on the models' device
+    ids: tuple[int, ...] = ()  # n ≥ 1
     max_new_tokens: int = 128
-    end_ids: frozenset[int] = frozenset()  # the tokens that end a text, as its last token
+    end_ids: frozenset[int] = frozenset()  # end-of-text tokens: the output ends with the first of them
+
+
+class Round(NamedTuple):
+    """One round of speculative decoding: tokens, and seconds."""
+
+    drafted: int
+    accepted: int
+    draft_s: float = 0.0
+    verify_s: float = 0.0  # the main model's forward pass
+    round_s: float = 0.0  # all of the round
 
 
 @dataclasses.dataclass
-class Decoded:
-    """What one decoding run wrote, and how long it took, in seconds."""
+class Generation:
+    """What one run generates for a prompt, and how long it takes, in seconds."""
 
-    token_ids: list[int]
+    prompt: Prompt
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     latency_s: float = 0.0  # from the prompt's ids on the device to the last token on the host
-    first_token_s: float = 0.0  # to the first token on the host
-    # Speculative decoding only:
-    rounds: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (drafted, accepted) tokens of each round
-    log_likelihood: float = 0.0  # of all drafted tokens, by the main model, in nats
-    prefill_s: float = 0.0  # spent reading the prompt, by both models
-    draft_s: float = 0.0  # spent drafting
-    verify_s: float = 0.0  # spent in the main model's verifying passes
+    first_token_s: float = 0.0  # to the first token on the host; a draft reads the prompt only then
+    rounds: list[Round] = dataclasses.field(default_factory=list)  # of speculative decoding
+    log_likelihood: float = 0.0  # of all draft tokens, under the main model, in nats
+    ended: bool = False
+
+    def append(self, tokens: list[int]) -> None:
+        """Add new tokens, up to the one that ends the text; what a round yields beyond that is cut off."""
+        for token in tokens:
+            self.token_ids.append(token)
+            self.ended = token in self.prompt.end_ids or len(self.token_ids) == self.prompt.max_new_tokens
+            if self.ended:
+                return
 
 
 def now(device: torch.device) -> float:
@@ -446,129 +320,209 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cut(tokens: list[int], room: int, prompt: Prompt) -> tuple[list[int], bool]:
-    """The tokens up to the first that ends the text, or as many as there is room for; and whether the text is ended."""
-    for index, token in enumerate(tokens[:room]):
-        if token in prompt.end_ids:
-            return tokens[: index + 1], True
-    return tokens[:room], len(tokens) >= room
-
-
 @torch.no_grad()
-def decode_alone(main: CachedModel, rule: Greedy, prompt: Prompt) -> Decoded:
-    """Decode with the main model alone: one forward pass a token."""
+def decode_autoregressively(main: CachedModel, sampler: Sampler, prompt: Prompt) -> Generation:
+    """Decode with the main model alone: one forward pass for each token."""
+    output, prompt_ids = Generation(prompt), torch.tensor([prompt.ids], device=main.device)  # [1, n]
     start = now(main.device)
-    rule.restart(prompt.number)
-    (token,) = rule.next_token(main.prefill(prompt.ids, rolls_back=False), prompt.ids, rule.uniform(1))  # [1, 1]
-    tokens, ended = cut([token.item()], prompt.max_new_tokens, prompt)
-    first_token_s = now(main.device) - start
-    while not ended:
-        (token,) = main.step(rule.next_token, token, rule.uniform(1))
-        emitted, ended = cut([token.item()], prompt.max_new_tokens - len(tokens), prompt)
-        tokens += emitted
-    return Decoded(tokens, now(main.device) - start, first_token_s)
+    sampler.restart(prompt.number)
+    token = sampler.sample(main.prefill(prompt_ids, rolls_back=False), prompt_ids, sampler.uniform(1))  # [1, 1]
+    output.append([token.item()])
+    output.first_token_s = now(main.device) - start
+    while not output.ended:
+        token = main.step(sampler.sample, token, sampler.uniform(1))
+        output.append([token.item()])
+    output.latency_s = now(main.device) - start
+    return output
 
 
 # 4  Speculative decoding ----------------------------------------------------------------------------------------------
 #
 # One invariant carries the loop. Between two rounds, always,
 #
-#     the main model has read the whole text but its last token,
-#     the draft has read the whole text but its last two.
+#     the main model's KV cache holds every token of the text but the last one,
+#     the draft model's KV cache holds every token of the text but the last two.
 #
-# A round feeds the draft those two tokens and then each of its own guesses but the last: it has now read the text and
-# d1 … d(K-1). It feeds the main model the text's last token and all guesses: it has now read the text and d1 … dK. If n
-# guesses stand, the text grows by d1 … dn and one token of the main model's own. So what each model has read too much
-# is, for both, K-n tokens. They roll back by so many, and the invariant holds again, for n = K as for any other n:
-# nothing is special about a round whose guesses all stand. And with a fixed K every pass has the same shape in every
-# round.
-#
-# Only a round without any guess, which an automatic K allows, leaves the draft further behind: it reads on when it is
-# asked again.
+# With T tokens in the text, the caches hold T - 1 and T - 2. A round feeds the draft the last two and d1 … d(K-1): its
+# cache holds T + K - 1. It feeds the main model the last one and d1 … dK: its cache holds T + K. If n draft tokens are
+# accepted, the text has T + n + 1 tokens, and the caches must hold T + n and T + n - 1: both drop K - n, for n = K as
+# for any other n. (If n < K, the draft also drops a token that stays in the text, and reads it again: so its first pass
+# always reads two tokens, and with a fixed K every pass has the same shape.) Only a round without draft tokens leaves
+# the draft further behind: it reads on when it is asked again.
 
 
 class FixedLength:
-    """Draft the same number of tokens in every round."""
+    """How many tokens a round drafts: here always the same number; AutoLength, in part 6, has the same methods."""
 
-    def __init__(self, longest: int):
-        self.longest = longest
+    def __init__(self, draft_tokens: int):
+        self.draft_tokens = draft_tokens
 
     def wants_another(self, confidences: list[Tensor | float]) -> bool:
-        """Whether to draft one more token. `confidences`: the draft's probabilities for this round's guesses."""
-        return len(confidences) < self.longest
+        """Whether to draft one more token. `confidences`: the draft's probabilities of this round's tokens so far."""
+        return len(confidences) < self.draft_tokens
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """What became of the round."""
+        """Be told what became of the round."""
 
 
-class ModelDraft:
-    """A draft that is a model, smaller than the main one."""
+class Draft:
+    """What proposes draft tokens: ModelDraft or NgramDraft. A third kind of draft is a third such class.
 
-    def __init__(self, model: CachedModel, rule: Greedy):
-        self.model, self.rule = model, rule
-        self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
+    Whatever it proposes, the output stays right. `models`: the models that it runs.
+    """
 
-    def new_text(self, prompt_ids: Tensor) -> None:
-        """Begin with a prompt, [1, n]: read it without its last token."""
-        self.has_read = prompt_ids.shape[1] - 1  # so many tokens of the text
-        self.model.prefill(prompt_ids[:, :-1]) if self.has_read else self.model.new_text()
+    models: tuple[CachedModel, ...] = ()
+
+    def reset(self, prompt_ids: Tensor) -> None:
+        """Begin a text with a prompt, ids [1, n], n ≥ 1."""
+        raise NotImplementedError
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
-        """Guess how the text goes on: K tokens, [1, K], and what they were drawn from, [K, vocabulary] or None."""
-        guesses, confidences, q = [], [], []
-        while length.wants_another(confidences):
-            # First what it has not read, [1, 2], then each guess, [1, 1], which never leaves the device.
-            unread = guesses[-1] if guesses else torch.tensor([text[self.has_read :]], device=self.model.device)
-            guess, confidence, *distribution = self.model.step(self.rule.guess, unread, self.rule.uniform(1))
-            guesses.append(guess)
-            confidences.append(confidence)
-            q += distribution
-        if not guesses:
-            return self.nothing, None
-        self.has_read = len(text) + len(guesses) - 1
-        return torch.cat(guesses, dim=1), torch.cat(q) if q else None
+        """Draft how the text, the ids of the prompt and of all output so far, goes on.
+
+        Returns K ≥ 0 tokens, [1, K], and what they were drawn from, q, [K, vocabulary], or None if nothing was drawn.
+        Before each token it asks `length.wants_another`.
+        """
+        raise NotImplementedError
 
     def roll_back(self, tokens: int) -> None:
-        """Forget the latest guesses."""
+        """Undo so many of the latest tokens that were read."""
+
+    def check(self) -> None:
+        """After a text: raise ArithmeticError if the draft's probabilities were not finite."""
+
+
+class ModelDraft(Draft):
+    """A draft that is a model of its own, smaller than the main model."""
+
+    def __init__(self, model: CachedModel, sampler: Sampler):
+        self.model, self.sampler, self.models = model, sampler, (model,)
+        self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
+
+    def reset(self, prompt_ids: Tensor) -> None:
+        self.has_read = prompt_ids.shape[1] - 1  # tokens of the text that its cache holds: all but the prompt's last
+        self.confidences = []  # of all draft tokens of this text
+        self.model.reset()
+        if self.has_read:  # more than one token
+            self.model.prefill(prompt_ids[:, :-1])
+
+    def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
+        tokens, confidences, q = [], [], []
+        while length.wants_another(confidences):
+            # First what it has not read, [1, 2] or more after rounds without a draft; then each of its own tokens,
+            # [1, 1], which never leaves the device.
+            unread = tokens[-1] if tokens else torch.tensor([text[self.has_read :]], device=self.model.device)
+            sampled = self.model.step(self.sampler.sample_draft, unread, self.sampler.uniform(1))
+            for kept, part in zip((tokens, confidences, q), sampled, strict=True):
+                kept.append(part)
+        if not tokens:
+            return self.nothing, None
+        self.has_read = len(text) + len(tokens) - 1
+        self.confidences += confidences
+        return torch.cat(tokens, dim=1), None if q[0] is None else torch.cat(q)
+
+    def roll_back(self, tokens: int) -> None:
         self.model.roll_back(tokens)
         self.has_read -= tokens
 
+    def check(self) -> None:
+        if self.confidences and not torch.cat(self.confidences).isfinite().all():
+            raise ArithmeticError("the draft model's logits are not finite; try --dtype float32 or bfloat16")
 
-class NgramDraft:
-    """A draft without a model: the text goes on as it did when its last three tokens, or two, or one, stood before.
 
-    Known as prompt lookup. It shines where an answer repeats what was asked, and costs next to nothing elsewhere.
+class NgramDraft(Draft):
+    """A draft without a model: the text goes on as it did where its last three tokens, or two, or one, stood before.
+
+    Known as prompt lookup decoding (Saxena 2023). It pays where an answer repeats what was asked, and costs little.
     """
 
-    HOPES = {3: 0.95, 2: 0.75, 1: 0.45}  # how sure it is, by the tokens that match: assumed, and put right by auto
+    description = "no model: what followed the same tokens before"
+    assumed_acceptance = {3: 0.95, 2: 0.75, 1: 0.45}  # by the tokens that match: to begin with, AutoLength corrects it
 
     def __init__(self, device: torch.device):
         self.device = device
 
-    def new_text(self, prompt_ids: Tensor) -> None:
-        """Begin with a prompt: nothing to read yet."""
-        self.noted, self.follows = 1, {}  # up to a place in the text: what stands behind the latest of some tokens
+    def reset(self, prompt_ids: Tensor) -> None:
+        self.indexed, self.continuations = 1, {}  # n-gram: the place in the text after its latest occurrence
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, None]:
-        """Guess how the text goes on: up to K tokens, [1, K]; they are not drawn from anything."""
-        for place in range(self.noted, len(text)):
-            self.follows |= {tuple(text[place - n : place]): place for n in self.HOPES if n <= place}
-        self.noted = len(text)
-        matches = (n for n in self.HOPES if tuple(text[-n:]) in self.follows)
-        guesses = []
-        if matched := next(matches, None):
-            start = self.follows[tuple(text[-matched:])]
-            while length.wants_another([self.HOPES[matched]] * len(guesses)) and start + len(guesses) < len(text):
-                guesses.append(text[start + len(guesses)])
-        return torch.tensor([guesses], dtype=torch.long, device=self.device), None
+        for place in range(self.indexed, len(text)):
+            for n in self.assumed_acceptance:
+                if n <= place:
+                    self.continuations[tuple(text[place - n : place])] = place
+        self.indexed = len(text)
+        matching = (n for n in self.assumed_acceptance if tuple(text[-n:]) in self.continuations)
+        tokens = []
+        if n := next(matching, None):
+            start = self.continuations[tuple(text[-n:])]
+            while length.wants_another([self.assumed_acceptance[n]] * len(tokens)) and start + len(tokens) < len(text):
+                tokens.append(text[start + len(tokens)])
+        return torch.tensor([tokens], dtype=torch.long, device=self.device), None
 
-    def roll_back(self, tokens: int) -> None:
-        """Forget the latest guesses: they are not kept."""
+
+@torch.no_grad()
+def decode_speculatively(
+    main: CachedModel, draft: Draft, sampler: Sampler, length: FixedLength, prompt: Prompt
+) -> Generation:
+    """Decode with the draft's help: several tokens for each forward pass of the main model, and still its own text.
+
+    Leviathan et al. 2023, algorithm 1. Raises ArithmeticError if the draft's probabilities are not finite.
+    """
+    output, prompt_ids = Generation(prompt), torch.tensor([prompt.ids], device=main.device)  # [1, n]
+    start = now(main.device)
+    sampler.restart(prompt.number)
+    last = sampler.sample(main.prefill(prompt_ids), prompt_ids, sampler.uniform(1))  # [1, 1]: the text's last token
+    output.append([last.item()])
+    output.first_token_s = now(main.device) - start
+    draft.reset(prompt_ids)
+
+    counts, log_likelihoods, marks = [], [], [mark(main.device)]
+    while not output.ended:
+        # 1. Draft: K tokens, one after the other.
+        draft_ids, q = draft.propose([*prompt.ids, *output.token_ids], length)  # [1, K]; [K, vocabulary] or None
+        drafted, accepted = draft_ids.shape[1], 0
+        marks.append(mark(main.device))
+
+        if drafted:
+            # 2. Verify: one pass of the main model gives its own output at each position.
+            target, of_tokens = main.verify(sampler.score, torch.cat([last, draft_ids], dim=1))  # [K+1, …]; [K]
+            log_likelihoods.append(of_tokens)
+            marks.append(mark(main.device))
+
+            # 3. Accept draft tokens up to the first rejection, and emit one token of the main model's own. With a fixed
+            #    K this is the one moment in a round when the host reads from the device.
+            tokens = sampler.accept(target, draft_ids[0], q)
+            accepted = len(tokens) - 1
+            output.append(tokens)
+            last = torch.tensor([tokens[-1:]], device=main.device)
+
+            # 4. Roll back: each cache drops one token for each rejected one.
+            main.roll_back(drafted - accepted)
+            draft.roll_back(drafted - accepted)
+        else:  # nothing to verify: a step of autoregressive decoding
+            last = main.step(sampler.sample, last, sampler.uniform(1))
+            output.append([last.item()])
+            marks.append(mark(main.device))
+
+        length.learn(drafted, accepted)
+        counts.append((drafted, accepted))
+        marks.append(mark(main.device))
+
+    output.latency_s = now(main.device) - start
+    draft.check()
+    spent = [seconds_between(*both) for both in itertools.pairwise(marks)]  # three parts of each round
+    for count, *parts in zip(counts, spent[0::3], spent[1::3], spent[2::3], strict=True):
+        output.rounds.append(Round(*count, *parts[:2], sum(parts)))
+    output.log_likelihood = torch.cat(log_likelihoods).sum().item() if log_likelihoods else 0.0
+    return output
 
 
 def mark(device: torch.device) -> float | torch.Event:
-    """A point in the device's time, noted without waiting for the device: for times within a timed run."""
-    if device.type == "cpu":
+    """A point in time within a run: of the device's own clock where it has one, so that nothing need wait for it.
+
+    On others (MPS) the host's clock, which is right only where the host waits: a round is, its parts are not.
+    """
+    if device.type not in ("cuda", "xpu"):
         return time.perf_counter()
     event = torch.Event(device, enable_timing=True)
     event.record()
@@ -580,149 +534,188 @@ def seconds_between(start: float | torch.Event, end: float | torch.Event) -> flo
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-@torch.no_grad()
-def decode_speculatively(
-    main: CachedModel, draft: ModelDraft | NgramDraft, rule: Greedy, length: FixedLength, prompt: Prompt
-) -> Decoded:
-    """Decode with the draft's help: several tokens a forward pass of the main model, and the text is still its own.
-
-    Leviathan et al. 2023, algorithm 1. The last round is a whole one, too; what it gives beyond the end is cut off.
-    """
-    text, room = prompt.ids[0].tolist(), prompt.max_new_tokens
-    start = now(main.device)
-    rule.restart(prompt.number)
-    (first,) = rule.next_token(main.prefill(prompt.ids), prompt.ids, rule.uniform(1))
-    emitted, ended = cut([first.item()], room, prompt)
-    first_token_s = now(main.device) - start
-    text += emitted
-    room -= 1
-    draft.new_text(prompt.ids)
-
-    rounds, log_likelihoods, marks = [], [], [mark(main.device)]
-    while not ended:
-        # 1. Draft: K guesses, one after the other. (What the host sends waits for all that the device has to do: so it
-        #    is sent before there is anything.)
-        last = torch.tensor([text[-1:]], device=main.device)
-        guesses, q = draft.propose(text, length)  # [1, K]: d1 … dK; [K, vocabulary], if they were drawn
-        marks.append(mark(main.device))
-
-        # 2. Verify: one pass of the main model says what it would have written at each place itself.
-        verdict, of_guesses = main.verify(rule.judge, torch.cat([last, guesses], dim=1))  # [K+1, …]; [K]
-        marks.append(mark(main.device))
-
-        # 3. Accept the guesses that stand, and one token of the main model's own. With a fixed K this is the one moment
-        #    in a round when the host waits for the device and reads from it.
-        emitted = rule.emit(verdict, guesses[0], q)
-        drafted, accepted = guesses.shape[1], len(emitted) - 1
-        emitted, ended = cut(emitted, room, prompt)
-        text += emitted
-        room -= len(emitted)
-
-        # 4. Roll back: both models forget the guesses that do not stand.
-        main.roll_back(drafted - accepted)
-        draft.roll_back(drafted - accepted)
-
-        length.learn(drafted, accepted)
-        rounds.append((drafted, accepted))
-        log_likelihoods.append(of_guesses)
-        marks.append(mark(main.device))
-
-    latency_s = now(main.device) - start
-    spent = [seconds_between(earlier, later) for earlier, later in itertools.pairwise(marks)]
-    return Decoded(
-        text[prompt.ids.shape[1] :],
-        latency_s,
-        first_token_s,
-        rounds,
-        log_likelihood=torch.cat(log_likelihoods).sum().item() if rounds else 0.0,
-        prefill_s=latency_s - sum(spent),
-        draft_s=sum(spent[0::3]),
-        verify_s=sum(spent[1::3]),
-    )
+# 5  Is it lossless? ---------------------------------------------------------------------------------------------------
+#
+# In exact arithmetic both methods generate the same tokens. In floating point, one pass over K+1 tokens and K+1 passes
+# over one token round differently; where the two best tokens are nearly tied, the choice can flip, and from there on
+# the two texts part for good. In bfloat16 that is the normal case. It is no bug, but a bug would look the same. So
+# every output is certified by one more pass of the main model, over the whole text, that shares no cache with either
+# loop: how far does a token lie below the best one (the gap), and how far does rounding move logits (the noise)? This
+# is a criterion with measured margins, not a theorem. On small random models of 25 families and on the bundled pair,
+# correct outputs had gaps of at most 0.33 times the noise (bfloat16; none in float32), outputs of loops with planted
+# bugs gaps of at least 1.3 times (a mixture of experts; others 2.2) in bfloat16 and 90,000 times in float32.
 
 
-# How many tokens to draft: as long as one more is worth more than it costs.
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Where the speculative output parts from the baseline's, and whether rounding explains it."""
+
+    index: int | None  # of the first new token that differs; None if the two are the same, and wrong together
+    baseline_token: int | None  # None: the output had ended before
+    speculative_token: int | None
+    gap: float  # how far a token of the speculative output lies below the best one, in logits, at the worst position
+    baseline_gap: float  # the same of the baseline's output
+    noise: float  # how far rounding moves the logits of the speculative text; the bound for both
+    kind: str  # "tie": both gaps ≤ noise, the output is the main model's own within its rounding; else "mismatch"
+    at_fault: str | None  # of a mismatch: "speculative", "baseline" or "both"
 
 
 @torch.no_grad()
-def measure_costs(main: CachedModel, draft: CachedModel | None, rule: Greedy, prompt_ids: Tensor, longest: int) -> dict:
-    """What passes cost on this machine, in seconds, by the number of tokens: medians, after a warm-up.
+def certify(main: CachedModel, prompt_ids: tuple[int, ...], output_ids: list[int]) -> tuple[float, Tensor]:
+    """The gap of an output, and the logits that it follows from, [new tokens, vocabulary].
 
-    Measured at the end of a prompt, [1, n]. The models alternate as they do in decoding: the main model drives the
-    draft's weights out of a processor's caches. A draft reads 2 tokens in a round's first pass, and 1 in each other.
+    Every token is certified given all before it: also behind a flip, each must be the best one or tied with it. Raises
+    ArithmeticError if the logits are not finite.
     """
-    widths = sorted({width for width in (1, 2, 3, 5, 9, 17) if width <= longest} | {longest + 1})
-    costs = {"draft_pass_s": {1: [], 2: []}, "main_pass_s": {width: [] for width in widths}}
-    ids = prompt_ids[:, -1:].repeat(1, longest + 1)
-    for model in filter(None, (main, draft)):
-        model.prefill(prompt_ids)
+    text = torch.tensor([[*prompt_ids, *output_ids]], device=main.device)
+    logits = main.forward_without_cache(text[:, :-1], len(output_ids))
+    best, own = logits.amax(dim=-1), logits.gather(1, text[0, -len(output_ids) :, None])[:, 0]
+    if not best.isfinite().all():
+        raise ArithmeticError("the main model's logits are not finite; try --dtype float32 or bfloat16")
+    return (best.float() - own.float()).max().item(), logits
 
-    def time_pass(times: list[float], model: CachedModel | None, tokens: int, step: Callable) -> None:
+
+@torch.no_grad()
+def rounding_noise(main: CachedModel, prompt_ids: tuple[int, ...], output_ids: list[int], logits: Tensor) -> float:
+    """How far rounding moves the logits of `certify`: their largest change if every layer's output is rounded again.
+
+    In the same pass, with each number changed at random by a relative error of at most the type's epsilon. No cache
+    takes part, so that a faulty one cannot pass for rounding.
+    """
+
+    def round_again(module: torch.nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            random = 2 * torch.rand(output.shape, device=output.device) - 1
+            return (output.float() * (1 + torch.finfo(output.dtype).eps * random)).to(output.dtype)
+
+    torch.manual_seed(0)
+    layers = [layer for layer in main.model.modules() if layer._parameters or not list(layer.children())]
+    hooks = [layer.register_forward_hook(round_again) for layer in layers]
+    try:
+        text = torch.tensor([[*prompt_ids, *output_ids[:-1]]], device=main.device)
+        again = main.forward_without_cache(text, len(output_ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (again.float() - logits.float()).abs().max().item()
+
+
+def find_divergence(
+    main: CachedModel, prompt_ids: tuple[int, ...], baseline: list[int], speculative: list[int]
+) -> Divergence | None:
+    """Compare two greedy outputs for one prompt, and certify both; None if they are the same, and right."""
+    same = baseline == speculative
+    gap, logits = certify(main, prompt_ids, speculative)
+    if same and gap == 0:
+        return None
+    baseline_gap = gap if same else certify(main, prompt_ids, baseline)[0]
+    noise = rounding_noise(main, prompt_ids, speculative, logits)
+    at_fault = [name for name, one in (("baseline", baseline_gap), ("speculative", gap)) if one > noise]
+    if same and not at_fault:
+        return None
+    shorter = min(len(baseline), len(speculative))
+    index = next((place for place in range(shorter) if baseline[place] != speculative[place]), shorter)
+    if index == shorter and not same:  # one is the beginning of the other: rounding makes no loop stop early, or go on
+        at_fault = at_fault or ["speculative"]
+    tokens = [output[index] if index < len(output) else None for output in (baseline, speculative)]
+    whose = "both" if len(at_fault) == 2 else "".join(at_fault) or None
+    return Divergence(None if same else index, *tokens, gap, baseline_gap, noise, "mismatch" if whose else "tie", whose)
+
+
+# 6  How many tokens to draft: as long as one more is worth more than it costs -----------------------------------------
+
+LADDER = (2, 3, 5, 9, 16)  # tokens of a verify pass with an automatic length: compiled ones are padded to the next
+LONGEST_AUTO = LADDER[-1] - 1  # draft tokens: with the text's last token they fill a tile of 16 rows
+
+
+@torch.no_grad()
+def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids: Tensor) -> dict:
+    """What passes cost on this machine behind a prompt, ids [1, n], in seconds: medians, after a warm-up.
+
+    main_pass_s: by the number of tokens, 1 being a step of autoregressive decoding. On both sides of each step of the
+    ladder, so that lines between these points are right for padded passes, too. draft_pass_s: 2, a round's first draft
+    token (for which a model reads two), and 1, each further one. The models alternate as they do in decoding: the main
+    model drives the draft's weights out of a processor's caches.
+    """
+    widths = sorted({1, *LADDER, *(width + 1 for width in LADDER[:-1])})
+    ids = prompt_ids[:, -1:].repeat(1, widths[-1])
+    text = prompt_ids[0].tolist() + ids[0, :1].tolist()
+    main.prefill(prompt_ids)
+    draft.reset(prompt_ids)
+    main_s, draft_s = {width: [] for width in widths}, {1: [], 3: []}  # the latter by draft tokens
+    for _, width in itertools.product(range(8), widths):
         start = now(main.device)
-        if model:
-            step(ids[:, :tokens].contiguous())
-            model.roll_back(tokens)
-        times.append(now(main.device) - start)
-
-    for _ in range(12):
-        for width in widths:
-            time_pass(costs["main_pass_s"][width], main, width, lambda ids: main.verify(rule.judge, ids))
-            for tokens, times in costs["draft_pass_s"].items():
-                time_pass(times, draft, tokens, lambda ids: draft.step(rule.guess, ids, rule.uniform(1)))
-    return {
-        name: {tokens: statistics.median(some[len(some) // 4 :]) for tokens, some in times.items()}
-        for name, times in costs.items()
-    }
+        if width == 1:
+            main.step(sampler.sample, ids[:, :1].contiguous(), sampler.uniform(1))
+        else:
+            main.verify(sampler.score, ids[:, :width].contiguous())
+        main.roll_back(width)
+        main_s[width].append(now(main.device) - start)
+        for tokens, times in draft_s.items():
+            start = now(main.device)
+            draft.propose(text, FixedLength(tokens))
+            draft.roll_back(tokens + 1)  # the text's last token, too
+            times.append(now(main.device) - start)
+    one, three = (statistics.median(times[len(widths) :]) for times in draft_s.values())
+    main_pass_s = {width: statistics.median(times[2:]) for width, times in main_s.items()}
+    return {"draft_pass_s": {1: max(0.0, (three - one) / 2), 2: one}, "main_pass_s": main_pass_s}
 
 
 class AutoLength(FixedLength):
-    """Draft while further tokens are worth more than they cost; rest where not even the first is.
+    """Draft while further tokens are worth more than they cost; rest where not even the first is. It keeps learning.
 
-    With α the recent share of right guesses, a round that drafts K tokens yields 1 + α + … + α^K (Leviathan et al.
-    2023, equation 1). The best K by the measured costs gives the time per token that can be had, and that is what a
-    token is worth. A further guess counts if all guesses of the round so far are right, and it too (α). How likely a
-    guess is right is told by the draft's own probability for it, put right by what became of guesses of about that
-    probability before: drafts are more sure of themselves than they should be, or less.
+    With α the recent share of accepted among tested tokens, a round that drafts K tokens yields 1 + α + … + α^K
+    (Leviathan et al. 2023, equation 1). The best K by the measured costs gives the time per token that can be had, and
+    that is what a token is worth. A further draft token counts if all of the round so far are accepted, and it too (α).
+    How likely that is, the draft's own probability tells, corrected by what became of tokens of about that probability
+    before: drafts are more sure of themselves than they should be, or less.
     """
 
-    def __init__(self, longest: int, costs: dict):
-        """`costs`: of `measure_costs`; what lies between the measured numbers of tokens is interpolated."""
+    def __init__(self, costs: dict, longest: int = LONGEST_AUTO, stride: int = 1):
+        """`costs`: of `measure_costs`. `stride`: decide after so many tokens, as each decision waits for the device.
+
+        With a stride of 2 a round drafts none, 2, 4, … or the longest, never 1.
+        """
         super().__init__(longest)
         first, further = (costs["draft_pass_s"][tokens] for tokens in (2, 1))
         drafting = [0.0, *(first + k * further for k in range(longest))]
         verifying = numpy.interp(range(1, longest + 2), *zip(*sorted(costs["main_pass_s"].items()), strict=True))
         self.round_s = [sum(parts) for parts in zip(drafting, verifying.tolist(), strict=True)]  # by tokens drafted
-        self.right, self.tested = 6.0, 8.0  # guesses of recent rounds; an assumption to begin with, as in the next line
-        self.by_tenth = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # right, tested: by the guess's probability
+        self.stride = stride
+        self.accepted, self.tested = 6.0, 8.0  # of recent rounds; assumed to begin with, as in the next line
+        self.by_tenth = [[(tenth + 0.5) / 5, 2.0] for tenth in range(10)]  # accepted, tested, by probability
         self.rest, self.next_rest = 0, 4  # rounds still to go without a draft; rounds of the next rest
         self.plan()
 
     def wants_another(self, confidences: list[Tensor | float]) -> bool:
-        """As above; reads the latest probability from the device, so here the host waits for the draft."""
+        """As above; reads the latest probabilities from the device, so here the host waits for the draft."""
         if not confidences:
             self.tenths = []
             return self.rest == 0
-        self.tenths.append(self.by_tenth[min(9, int(10 * float(confidences[-1])))])
-        all_right = math.prod(right / tested for right, tested in self.tenths)
+        if len(confidences) % self.stride and len(confidences) < self.draft_tokens:
+            return True
+        for confidence in map(float, confidences[len(self.tenths) :]):
+            self.tenths.append(self.by_tenth[min(9, int(10 * confidence)) if confidence > 0 else 0])
+        all_accepted = math.prod(accepted / tested for accepted, tested in self.tenths)
         paid, *further = self.round_s[len(confidences) :]
-        yields = itertools.accumulate(all_right * self.alpha**k for k in range(1, len(further) + 1))
+        yields = itertools.accumulate(all_accepted * self.alpha**k for k in range(1, len(further) + 1))
         return any(tokens * self.worth_s > round_s - paid for tokens, round_s in zip(yields, further, strict=True))
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Learn from a round that drafted."""
+        """Count a round of rest down, or learn from a round that drafted."""
         if self.rest:
             self.rest -= 1
         elif drafted:
             tested = min(accepted + 1, drafted)
-            self.right, self.tested = 0.9 * self.right + accepted, 0.9 * self.tested + tested
+            self.accepted, self.tested = 0.9 * self.accepted + accepted, 0.9 * self.tested + tested
             for index, tenth in enumerate(self.tenths[:tested]):
                 tenth[:] = 0.98 * tenth[0] + (index < accepted), 0.98 * tenth[1] + 1
             self.plan()
 
     def plan(self) -> None:
         """What a token is worth by now; a draft that does not pay rests, twice as long each time."""
-        self.alpha = self.right / self.tested
-        yields = itertools.accumulate(self.alpha**k for k in range(self.longest + 1))
+        self.alpha = self.accepted / self.tested
+        yields = itertools.accumulate(self.alpha**k for k in range(self.draft_tokens + 1))
         self.worth_s, best = min((self.round_s[k] / tokens, k) for k, tokens in enumerate(yields))
         if best:
             self.next_rest = 4
@@ -730,526 +723,744 @@ class AutoLength(FixedLength):
             self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, 64)
 
 
-# 5  Is the output the main model's own? -------------------------------------------------------------------------------
-#
-# In exact arithmetic the two greedy methods write the same tokens. In floating point, a pass over K+1 tokens and K+1
-# passes over one token round differently; where the two best tokens are all but tied, the choice can flip, and from
-# there on the two texts part for good. In bfloat16 this is the normal case. It is no bug, but a bug would look the
-# same: so when two outputs differ, the next function finds out which it is. (Drawn texts differ by chance, and say
-# nothing of the kind.)
+# 7  Compiled steps ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Divergence:
-    """Where two outputs part, and whether rounding explains it."""
+class CompiledModel(CachedModel):
+    """A CachedModel whose cache has a fixed size, and whose steps are compiled: on a GPU, as CUDA graphs.
 
-    index: int  # of the first new token that differs
-    baseline_token: int | None  # None: the text had ended before
-    speculative_token: int | None
-    gap: float  # how far the logit of a token of the output lies below the best one there, at the worst place
-    noise: float  # how far logits move when the same text is read as the baseline reads it, not at once
-    kind: str  # "tie": gap ≤ noise, the output is the main model's own within its rounding; "mismatch": it is not
-
-
-def as_they_are(logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor]:
-    """What a step makes of the logits if they are wanted themselves."""
-    return (logits,)
-
-
-@torch.no_grad()
-def find_divergence(
-    main: CachedModel, prompt_ids: Tensor, baseline: list[int], speculative: list[int]
-) -> Divergence | None:
-    """Compare two outputs for one prompt, [1, n]; None if they are the same.
-
-    The gap certifies every token of the speculative output, not only the first that differs: after a rounding flip,
-    too, each further token must be the best one, or tied with it, given all before. The noise is that of the steps
-    which were timed: where they are compiled, these are, too.
+    Run eagerly on a fast GPU, a model waits for its kernels to be launched. A graph launches all of a step at once, but
+    needs the same shapes and the same memory each time. So the cache's storage is allocated once, and only its length
+    changes; what lies behind the length is masked, and overwritten by the next tokens.
     """
-    if baseline == speculative:
-        return None
-    shorter = min(len(baseline), len(speculative))
-    index = next((i for i in range(shorter) if baseline[i] != speculative[i]), shorter)
 
-    output = torch.tensor([speculative], device=main.device)
-    text = torch.cat([prompt_ids, output[:, :-1]], dim=1)
-    if main.lengths is not None:
-        main.compile(as_they_are, 1)
-    main.new_text()
-    at_once = main.read(text, last=len(speculative))  # [new tokens, vocabulary]
-    gap = (at_once.amax(dim=-1).float() - at_once.gather(1, output[0, :, None])[:, 0].float()).max().item()
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None, device: torch.device | None, capacity: int):
+        """`capacity`: the most tokens that the cache ever holds: the longest text, and the last round's draft tokens.
 
-    main.new_text()
-    if prompt_ids.shape[1] > 1:
-        main.read(prompt_ids[:, :-1], last=1)
-    steps = (main.step(as_they_are, token)[0][0] for token in text[:, -len(speculative) :].split(1, dim=1))
-    rows = zip(at_once, steps, strict=True)
-    noise = torch.stack([(row.float() - alone.float()).abs().max() for row, alone in rows]).max().item()
+        Raises NotImplementedError for a cache of another kind.
+        """
+        self.steps = {}  # by the head's name and the number of tokens, the compiled step
+        self.widths = ()  # the numbers of tokens that a verify pass may have; see `limited_to`
+        self.eager = CachedModel(model, vocabulary, device)  # reads the prompts, which can have any length
+        layers = self.eager.cache.layers
+        known = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+        if not known.issuperset(type(layer).__name__ for layer in layers):
+            raise NotImplementedError(f"{model.config.model_type} needs a cache of its own kind")
+        # Layers with sliding windows are stored in full, too: the mask hides what lies outside a window. A multiple of
+        # 8 keeps the mask's rows aligned.
+        capacity = math.ceil(capacity / 8) * 8
+        static = [layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers]
+        self.cache = Cache(layers=static)
+        super().__init__(model, vocabulary, device)
+        self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates, before anything is compiled
+        self.lengths = [layer.cumulative_length for layer in static if type(layer) is StaticLayer]  # [] each
 
-    # One text a mere beginning of the other: no rounding makes a loop stop early, or go on behind the end.
-    kind = "tie" if gap <= noise and index < shorter else "mismatch"
-    token = [ids[index] if index < len(ids) else None for ids in (baseline, speculative)]
-    return Divergence(index, *token, gap, noise, kind)
+    def limited_to(self, widths: tuple[int, ...]) -> "CompiledModel":
+        """The same model, cache and steps, for verify passes of these numbers of tokens."""
+        model = copy.copy(self)
+        model.widths = widths
+        return model
+
+    def reset(self, rolls_back: bool = True) -> None:
+        self.cache.reset()
+
+    def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
+        """As above; read eagerly into a growing cache, where attention spans no more than the prompt, then copied."""
+        logits = self.eager.prefill(prompt_ids)
+        self.reset()
+        for static, grown in zip(self.cache.layers, self.eager.cache.layers, strict=True):
+            if type(static) is StaticLayer and grown.is_initialized:
+                static.keys[:, :, : grown.keys.shape[2]] = grown.keys
+                static.values[:, :, : grown.values.shape[2]] = grown.values
+        self.eager.reset()
+        torch._foreach_add_(self.lengths, prompt_ids.shape[1])
+        return logits
+
+    @torch.no_grad()  # inference_mode would be faster, but cannot be compiled
+    def forward(self, ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
+        return output.logits[0, :, : self.vocabulary]
+
+    def roll_back(self, tokens: int) -> None:
+        if tokens:
+            torch._foreach_add_(self.lengths, -tokens)
+
+    def step(self, head: Callable, ids: Tensor, uniform: Tensor | None = None, logits_to_keep: int = 1) -> Any:
+        """As above; compiled for the numbers of tokens that `compile` was asked for."""
+        if (compiled := self.steps.get((head.__name__, ids.shape[1]))) is None:
+            return super().step(head, ids, uniform, logits_to_keep)
+        # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
+        # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
+        # they take outputs that are still held for memory in use, and record themselves anew.
+        torch.compiler.cudagraph_mark_step_begin()
+        outputs = compiled(ids, uniform)
+        if isinstance(outputs, Tensor):
+            return outputs.clone()
+        return tuple(output if output is None else output.clone() for output in outputs)
+
+    def verify(self, score: Callable, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As above, in a pass of one of the widths: what is padded is ignored, and rolled back at once."""
+        tokens = ids.shape[1]
+        width = min((width for width in self.widths if width >= tokens), default=tokens)
+        target, log_likelihoods = self.step(score, pad(ids, (0, width - tokens)), logits_to_keep=0)
+        self.roll_back(width - tokens)
+        return target[:tokens], log_likelihoods[: tokens - 1]
+
+    @torch.no_grad()
+    def compile(self, head: Callable, tokens: int, uniform: Tensor | None, logits_to_keep: int) -> None:
+        """Compile a step, from ids [1, tokens] to what the head returns, and forget the text."""
+
+        def whole(ids: Tensor, uniform: Tensor | None) -> Any:
+            return head(self.forward(ids, logits_to_keep), ids, uniform)
+
+        # What mode="reduce-overhead" means; and no guards. These would check before each step, for a millisecond, that
+        # nothing of the model has changed, which nothing does. Without guards a step must be one whole graph, and must
+        # not share a cache of graphs with others.
+        options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
+        self.steps[head.__name__, tokens] = torch.compile(whole, **how)
+        for _ in range(3):  # compile; capture a graph; replay it
+            self.reset()
+            self.step(head, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, logits_to_keep)
 
 
-# 6  Measuring ---------------------------------------------------------------------------------------------------------
+def verify_widths(draft_tokens: int | str) -> tuple[int, ...]:
+    """The numbers of tokens that a verify pass may have, with a fixed K or with "auto"."""
+    return LADDER if draft_tokens == "auto" else (draft_tokens + 1,)
+
+
+def compile_steps(
+    main: CompiledModel, draft: Draft, sampler: Sampler, lengths: tuple[int | str, ...], announce: Callable[[str], None]
+) -> None:
+    """Compile the steps of both models that these draft lengths run, and no others. Raises what the compiler raises."""
+    widths = {width for draft_tokens in lengths for width in verify_widths(draft_tokens)}
+    steps = [(main, sampler.sample, 1, 1), *((main, sampler.score, width, 0) for width in sorted(widths))]
+    draft_tokens = (2,) if widths == {2} else (1, 2)  # K = 1 never feeds a draft its own tokens
+    steps += [(model, sampler.sample_draft, tokens, 1) for model in draft.models for tokens in draft_tokens]
+    start = time.perf_counter()
+    for number, (model, head, tokens, logits_to_keep) in enumerate(steps, 1):
+        announce(f"Compiling step {number} of {len(steps)}, after {time.perf_counter() - start:.0f} s …")
+        model.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
+
+
+# 8  The benchmark -----------------------------------------------------------------------------------------------------
+
+SAMPLED = "sampled"  # why sampled outputs cannot be compared
+
+
+class UsageError(Exception):
+    """The program cannot do what was asked; the message is one line that says what is wrong and how to mend it."""
+
+
+@contextlib.contextmanager
+def cli_errors(what: str, hint: str) -> Iterator[None]:
+    """Make a UsageError of any error: broken files and folders can make libraries raise anything."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"cannot {what}: {first_line(error)}; {hint}") from error
+
+
+def safe(text: str) -> str:
+    """Text from outside that is safe to print: � instead of escapes, bidirectional overrides, zero-width marks, …"""
+    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
+    return "".join("�" if unicodedata.category(char) in unsafe and char != "\n" else char for char in text)
+
+
+def plain(text: str) -> str:
+    """The same as one line."""
+    return safe(" ".join(text.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 300 characters."""
+    said = getattr(error, "strerror", None) or str(error)
+    text = plain(said.strip().partition("\n")[0]) or type(error).__name__
+    return text if len(text) < 300 else text[:299] + "…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to decode a prompt. The first of a run is the baseline."""
+
+    label: str
+    decode: Callable[[Prompt], Generation]
+    draft_tokens: int | str | None = None  # K, or "auto"; None: it drafts nothing
+    costs: dict | None = None  # of `measure_costs`, if it uses them
+    library: str | None = None  # what it is, if it is not ours but transformers'
+    error: str | None = None  # why it cannot run
 
 
 @dataclasses.dataclass
-class Measured:
-    """What one method did with one prompt."""
+class Outcome:
+    """What one method did with one prompt: its repeats, or the error that it ended with."""
 
-    runs: list[Decoded]  # the repeats, the fastest first
+    runs: list[Generation] = dataclasses.field(default_factory=list)
+    error: str | None = None
     divergence: Divergence | None = None  # from the baseline's output: the worst of all repeats
-
-    def __post_init__(self):
-        self.runs.sort(key=lambda run: run.latency_s / len(run.token_ids))  # drawn texts may differ in length
+    unchecked: str | None = None  # why its output could not be compared with the baseline's
 
     @property
-    def run(self) -> Decoded:
-        """The one that counts: the median; of an even number, the faster of the middle two."""
-        return self.runs[(len(self.runs) - 1) // 2]
+    def run(self) -> Generation:
+        """The repeat that counts: the median by time per token; of an even number, the faster of the middle two."""
+        return sorted(self.runs, key=lambda run: run.latency_s / len(run.token_ids))[(len(self.runs) - 1) // 2]
+
+    @property
+    def latency_s(self) -> float:
+        """The median latency of the repeats; of an even number, the mean of the middle two."""
+        return statistics.median(run.latency_s for run in self.runs)
+
+
+@dataclasses.dataclass
+class Result:
+    """What every method did with one prompt, by the methods' labels."""
+
+    prompt: Prompt
+    outcomes: dict[str, Outcome]
+
+    @property
+    def baseline(self) -> Outcome:
+        """That of the first method."""
+        return self.outcomes["baseline"]
+
+    def error(self, method: Method) -> str | None:
+        """Why the method cannot be compared with the baseline for this prompt."""
+        return self.baseline.error or self.outcomes[method.label].error
+
+
+def our_methods(main: CachedModel, draft: Draft, sampler: Sampler, lengths: tuple, prompt: Prompt) -> list[Method]:
+    """The baseline, and speculative decoding with each draft length; costs are measured behind a prompt."""
+    methods = [Method("baseline", functools.partial(decode_autoregressively, main, sampler))]
+    for k in lengths:
+        model = main.limited_to(verify_widths(k)) if isinstance(main, CompiledModel) else main
+        length, costs, error = FixedLength(k), None, None
+        if k == "auto":
+            try:
+                costs = measure_costs(model, draft, sampler, torch.tensor([prompt.ids], device=main.device))
+                length = AutoLength(costs, stride=1 if main.device.type == "cpu" else 2)
+            except Exception as failure:  # above all: out of memory
+                error = f"what passes cost cannot be measured: {first_line(failure)}"
+        decode = functools.partial(decode_speculatively, model, draft, sampler, length)
+        methods.append(Method(f"K = {k}", decode, k, costs, error=error))
+    return methods
+
+
+def library_methods(main: CachedModel, draft: Draft, sampler: Sampler, lengths: tuple) -> list[Method]:
+    """What a user would run instead: transformers' generate(), alone (compiled if ours is and it can) and assisted."""
+    compiles = isinstance(main, CompiledModel) and main.device.type in ("cuda", "xpu")
+    kind, options = ("compiled", {"cache_implementation": "static"}) if compiles else ("eager", {})
+    decode = functools.partial(decode_by_generate, main, None, sampler, options)
+    methods = [Method("generate()", decode, library=f"transformers' generate(), {kind}")]
+    for k in lengths:
+        label, which = ("assisted", "its default K") if k == "auto" else (f"assist {k}", f"K = {k}")
+        options = {"prompt_lookup_num_tokens": 10 if k == "auto" else k, "max_matching_ngram_size": 3}
+        if draft.models:
+            fixed = {"num_assistant_tokens": k, "num_assistant_tokens_schedule": "constant"}
+            options = {} if k == "auto" else fixed | {"assistant_confidence_threshold": 0.0}
+        decode = functools.partial(decode_by_generate, main, draft, sampler, options)
+        methods.append(Method(label, decode, k, library=f"transformers' assisted generation, {which}, eager"))
+    return methods
 
 
 @torch.no_grad()
-def decode_by_transformers(
-    main: CachedModel, draft: ModelDraft | NgramDraft | None, rule: Greedy, draft_tokens: int | None, prompt: Prompt
-) -> Decoded:
-    """What a user would run instead: transformers' own generate(), assisted by the draft if there is one.
-
-    draft_tokens: K for every round, or None for the library's defaults. Nothing but decoding by our rule runs: what the
-    models' own generation configs ask for (sampling, repetition penalties, …) is dropped, for good.
-    """
-    settings = {"max_new_tokens": prompt.max_new_tokens, "eos_token_id": sorted(prompt.end_ids) or None}
-    settings |= {"pad_token_id": 0, "do_sample": False}
-    if isinstance(rule, Sampling):
-        settings |= {"do_sample": True, "temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p}
-        torch.manual_seed(rule.seed * 2**20 + prompt.number)
-    models, of_draft = [main.model], {}
-    if isinstance(draft, NgramDraft):
-        settings |= {"prompt_lookup_num_tokens": draft_tokens or 10, "max_matching_ngram_size": max(draft.HOPES)}
-    elif draft:
-        models.append(draft.model.model)
-        if draft_tokens:
-            of_draft |= {"num_assistant_tokens": draft_tokens, "num_assistant_tokens_schedule": "constant"}
-            of_draft |= {"assistant_confidence_threshold": 0.0}
-    for model in models:  # the library reads from these what it is not told; nobody else does
-        model.generation_config = GenerationConfig(**(of_draft if model is not main.model else {}))
+def decode_by_generate(main: CachedModel, draft: Draft | None, sampler: Sampler, options: dict, prompt: Prompt):
+    """A Generation by transformers' generate(); what the models' own generation configs ask for is dropped for good."""
+    how = {"max_new_tokens": prompt.max_new_tokens, "eos_token_id": sorted(prompt.end_ids) or None, "pad_token_id": 0}
+    if isinstance(sampler, Sampling):
+        how |= sampler.settings
+        torch.manual_seed(sampler.seed * 2**20 + prompt.number)
+    config, main.model.generation_config = GenerationConfig(**how, **options), GenerationConfig()
+    assistant = draft.models[0].model if draft and draft.models else None
+    if assistant:
+        assistant.generation_config = GenerationConfig(**options)
+    ids = torch.tensor([prompt.ids], device=main.device)
+    inputs = {"attention_mask": torch.ones_like(ids), "assistant_model": assistant}
     start = now(main.device)
-    output = main.model.generate(
-        prompt.ids,
-        attention_mask=torch.ones_like(prompt.ids),
-        generation_config=GenerationConfig(**settings),
-        assistant_model=models[1] if len(models) > 1 else None,
-    )
-    tokens = output[0, prompt.ids.shape[1] :].tolist()  # the host waits for the last of them
-    return Decoded(tokens, now(main.device) - start)
+    output = main.model.generate(ids, generation_config=config, **inputs)
+    tokens = output[0, len(prompt.ids) :].tolist()  # the host waits for the last of them
+    return Generation(prompt, tokens, now(main.device) - start)
 
 
-def measure(
-    main: CachedModel,
-    prompts: list[Prompt],
-    methods: dict[str, Callable[[Prompt], Decoded]],
-    repeats: int = 1,
-    warmup: int = 1,
-    compare: bool = True,
-    announce: Callable[[Prompt, str], None] = lambda prompt, method: None,
-) -> Iterator[dict[str, Measured] | str]:
-    """Decode each prompt with all methods; yield what became of it, by method, or why it failed.
-
-    The first method is the baseline: if `compare`, the others' outputs are compared with its. `announce` is told the
-    prompt and the method before each run, outside the timed part.
-    """
-    names, warm = list(methods), False
+def benchmark(
+    prompts: list[Prompt], methods: list[Method], check: Callable, repeats=1, warmup=1, announce=lambda *_: None
+) -> Iterator[Result]:
+    """Decode each prompt with all methods; yield its Result, once `check` has seen it. `announce`: told of each run."""
+    cold = {method.label for method in methods}
     for index, prompt in enumerate(prompts):
+        result = Result(prompt, {method.label: Outcome(error=method.error) for method in methods})
+        for repeat in range(repeats):
+            first = (index + repeat) % len(methods)  # they take turns at being the first
+            for method in methods[first:] + methods[:first]:
+                outcome = result.outcomes[method.label]
+                if outcome.error:
+                    continue
+                try:
+                    for _ in range(warmup if method.label in cold else 0):  # allocates memory, loads kernels, …
+                        announce(prompt, f"warm-up, {method.label}")
+                        method.decode(prompt)
+                    cold.discard(method.label)
+                    announce(prompt, method.label)
+                    outcome.runs.append(method.decode(prompt))
+                except Exception as error:  # above all: out of memory. It costs this outcome only.
+                    outcome.error = first_line(error)
+        check(result)
+        yield result
+
+
+def check_outputs(main: CachedModel, sampled: bool, result: Result) -> None:
+    """Compare outputs with the baseline's, and certify them; of sampled ones, see only that all logits are finite."""
+
+    @functools.cache
+    def divergence_of(output: tuple[int, ...]) -> Divergence | None:
+        if not sampled:
+            return find_divergence(main, result.prompt.ids, result.baseline.run.token_ids, list(output))
+        certify(main, result.prompt.ids, list(output))
+
+    for outcome in result.outcomes.values():
+        if result.baseline.error or outcome.error:
+            continue
         try:
-            for name in names * (0 if warm else warmup):  # memory is allocated, kernels are loaded, clocks speed up
-                announce(prompt, f"warm-up, {name}")
-                methods[name](prompt)
-            warm = True
-            runs = {name: [] for name in names}
-            for repeat in range(repeats):
-                first = (index + repeat) % len(names)  # they take turns at being the first
-                for name in names[first:] + names[:first]:
-                    announce(prompt, name)
-                    runs[name].append(methods[name](prompt))
-            results = {name: Measured(repeats) for name, repeats in runs.items()}
-            own = results[names[0]].run.token_ids
-            for result in [results[name] for name in names[1:]] if compare else []:
-                outputs = {tuple(run.token_ids): run.token_ids for run in result.runs}.values()
-                parted = filter(None, [find_divergence(main, prompt.ids, own, output) for output in outputs])
-                result.divergence = max(parted, key=lambda one: (one.kind == "mismatch", one.gap), default=None)
-            yield results
-        except Exception as error:  # above all: out of memory. The next prompt may be shorter.
-            yield first_line(error)
+            found = filter(None, [divergence_of(tuple(run.token_ids)) for run in outcome.runs])
+            outcome.divergence = max(found, key=lambda one: (one.kind == "mismatch", one.gap), default=None)
+            outcome.unchecked = SAMPLED if sampled else None
+        except ArithmeticError as error:
+            outcome.error = first_line(error)
+        except Exception as error:  # it costs the verdict, not the timings
+            outcome.unchecked = first_line(error)
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
-    """The quotient; None (null in JSON, a dash in the table) where there is none."""
+    """The quotient; None (a dash in a table, null in the JSON) where there is none."""
     quotient = numerator / denominator if denominator and numerator is not None else math.nan
     return quotient if math.isfinite(quotient) else None
 
 
-def speed(results: list[Measured]) -> dict:
-    """New tokens, latency in seconds (the mean over the prompts), tokens per second (all tokens / all seconds).
+def as_percent(factor: float | None) -> float | None:
+    """How much faster a factor is, in percent: 100 × (factor − 1)."""
+    return None if factor is None else 100 * (factor - 1)
 
-    Also the mean latency of each prompt's fastest repeat, and of each prompt's slowest.
-    """
-    new_tokens = sum(len(result.run.token_ids) for result in results)
-    seconds = sum(result.run.latency_s for result in results)
-    latencies = [[run.latency_s for run in result.runs] for result in results]
+
+def speed(outcomes: list[Outcome]) -> dict:
+    """Tokens, seconds and tokens per second of one method, over one prompt or several (all tokens / all seconds)."""
+    tokens, seconds = [len(one.run.token_ids) for one in outcomes], [one.latency_s for one in outcomes]
+    latencies = [[run.latency_s for run in one.runs] for one in outcomes]
+    first_s = [one.run.first_token_s for one in outcomes]
+    decoding_s = sum(seconds) - sum(first_s) if all(first_s) else None  # generate() does not tell when the first came
     return {
-        "new_tokens": new_tokens,
-        "latency_s": seconds / len(results),
-        "tokens_per_s": ratio(new_tokens, seconds),
+        "new_tokens": sum(tokens),
+        "latency_s": statistics.mean(seconds),
+        "tokens_per_s": ratio(sum(tokens), sum(seconds)),
+        "mean_tokens_per_s": statistics.mean(len(one.run.token_ids) / one.latency_s for one in outcomes),
         "latency_min_s": statistics.mean(map(min, latencies)),
         "latency_max_s": statistics.mean(map(max, latencies)),
+        "time_to_first_token_s": statistics.mean(first_s) if all(first_s) else None,
+        "time_per_output_token_s": ratio(decoding_s, sum(tokens) - len(tokens)),
     }
 
 
-def acceptance(runs: list[Decoded]) -> dict:
-    """What became of the drafted tokens, and where the time went, over one speculative run or several.
+def acceptance(runs: list[Generation]) -> dict:
+    """What became of the draft tokens, and where the time went, over one speculative run or several.
 
-    alpha is the α of Leviathan et al. 2023, §3: accepted / tested, where a round tests what it accepts and, if there is
-    one, the first wrong guess; the guesses behind that are drafted, but never tested. The first token of a text comes
-    from reading the prompt, not from a round. Rounds are counted whole, the last one too.
+    alpha, the α of Leviathan et al. 2023, §3: accepted / tested tokens; a round tests those that it accepts and the
+    first rejected. The last round counts whole. By position i: of the rounds that drafted at least i tokens, the share
+    that accepted the first i (joint); of those that accepted the first i - 1, the share that accepted the i-th, too.
     """
-    rounds = [counts for run in runs for counts in run.rounds]
-    lengths = [drafted for drafted, _ in rounds]
-    drafted, accepted = sum(lengths), sum(accepted for _, accepted in rounds)
-    tested = sum(min(accepted + 1, drafted) for drafted, accepted in rounds)
+    rounds = [one for run in runs for one in run.rounds]
+    total = {part: sum(getattr(one, part) for one in rounds) for part in Round._fields}
+    longest = max((one.drafted for one in rounds), default=0)
+    joint, conditional = [], []
+    for i in range(1, longest + 1):
+        reaching = [one.accepted for one in rounds if one.drafted >= i]
+        passed = sum(n >= i for n in reaching)
+        joint.append(ratio(passed, len(reaching)))
+        conditional.append(ratio(passed, sum(n >= i - 1 for n in reaching)))
     log_likelihood = sum(run.log_likelihood for run in runs)
-    times = {f"{part}_s": sum(getattr(run, f"{part}_s") for run in runs) for part in ("prefill", "draft", "verify")}
-    return {
-        "rounds": len(rounds),
-        "drafted": drafted,
-        "accepted": accepted,
-        "acceptance_rate": ratio(accepted, drafted),
-        "alpha": ratio(accepted, tested),
+    round_s = numpy.percentile([one.round_s for one in rounds], (50, 95)).tolist() if rounds else []
+    figures = {"rounds": len(rounds)} | {part: total[part] for part in ("drafted", "accepted", "draft_s", "verify_s")}
+    return figures | {
+        "acceptance_rate": ratio(total["accepted"], total["drafted"]),
+        "alpha": ratio(total["accepted"], sum(min(one.accepted + 1, one.drafted) for one in rounds)),
+        "mean_acceptance_length": 1 + total["accepted"] / len(rounds) if total["drafted"] else None,
+        "acceptance_by_position": {"joint": joint, "conditional": conditional},
+        "acceptance_histogram": [sum(one.accepted == n for one in rounds) for n in range(longest + bool(rounds))],
         "tokens_per_round": ratio(sum(len(run.token_ids) - 1 for run in runs), len(rounds)),
-        "drafted_per_round": ratio(drafted, len(rounds)),
-        "drafted_histogram": {str(length): lengths.count(length) for length in sorted(set(lengths))},
+        "drafted_per_round": ratio(total["drafted"], len(rounds)),
+        "drafted_histogram": {str(n): count for n, count in sorted(Counter(one.drafted for one in rounds).items())},
+        "prefill_s": sum(run.latency_s for run in runs) - total["round_s"],
+        "round_s": dict(zip(("median", "p95"), round_s, strict=False)) or None,
         "log_likelihood": ratio(log_likelihood, 1),
-        "log_likelihood_per_token": ratio(log_likelihood, drafted),
-        **times,
-        "other_s": sum(run.latency_s for run in runs) - sum(times.values()),
+        "log_likelihood_per_token": ratio(log_likelihood, total["drafted"]),
+        "other_s": total["round_s"] - total["draft_s"] - total["verify_s"],
     }
 
 
-def speedup_percent(baseline: dict, speculative: dict) -> float | None:
-    """100 × (speculative / baseline tokens per second − 1)."""
-    quotient = ratio(speculative["tokens_per_s"], baseline["tokens_per_s"])
-    return None if quotient is None else 100 * (quotient - 1)
+def expected_speedup(alpha: float | None, lengths: list[int], c: float | None, v: float | None) -> float | None:
+    """The speedup, as a factor, that theory predicts: Leviathan et al. 2023, theorem 3.8, which has v = 1.
 
-
-def promised_percent(
-    alpha: float | None, lengths: list[int], draft_cost: float | None, verify_cost: float | None
-) -> float | None:
-    """The speedup in percent that theory promises: Leviathan et al. 2023, theorem 3.8, which has verify_cost = 1.
-
-    A round that drafts K tokens gives (1 − α^(K+1)) / (1 − α) tokens (equation 1) and costs K draft steps and one
-    verify pass, each in units of one baseline step. lengths: K of each round. None if any of these is unknown.
+    A round that drafts K tokens yields 1 + α + … + α^K (equation 1) and costs K draft steps, c each, and a verify pass,
+    v, in baseline steps. lengths: K of each round; one of 0 is a baseline step. None if one of these is unknown.
     """
-    if None in (alpha, draft_cost, verify_cost):
+    if None in (alpha, c, v) or not any(lengths):
         return None
-    tokens = sum(k + 1 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha) for k in lengths)
-    return 100 * (tokens / sum(k * draft_cost + verify_cost for k in lengths) - 1)
+    tokens = sum(alpha**i for k in lengths for i in range(k + 1))
+    return tokens / sum(k * c + v if k else 1 for k in lengths)
 
 
-def speedup_interval(baselines: list[Measured], results: list[Measured]) -> list[float] | None:
-    """A 95 % bootstrap interval of the speedup in percent; None if no run was repeated.
-
-    Drawn anew, with replacement, 2,000 times: the prompts, and for each the repeats of each method.
-    """
-    repeats = len(baselines[0].runs)
-    if repeats < 2:
+def speedup_interval(baselines: list[Outcome], outcomes: list[Outcome]) -> list[float] | None:
+    """The speedup's 95 % interval in percent: percentile bootstrap, 2,000 resamples over prompts, then over repeats."""
+    if len(outcomes) < 10:  # it would cover less than it says: 84 % over five prompts
         return None
-    generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(len(results), (2000, len(results)), generator=generator)
-
-    def tokens_per_s(of: list[Measured]) -> Tensor:
-        drawn = torch.randint(repeats, (2000, len(of), repeats), generator=generator)
-        median = drawn.median(dim=2).values  # [2000, prompts]: the runs are in order, and so are their numbers
-        tokens = torch.tensor([[len(run.token_ids) for run in result.runs] for result in of])
-        seconds = torch.tensor([[run.latency_s for run in result.runs] for result in of])
-        return tokens[picked, median].sum(dim=1) / seconds[picked, median].sum(dim=1)
-
-    gains = 100 * (tokens_per_s(results) / tokens_per_s(baselines) - 1)
-    return gains.quantile(torch.tensor([0.025, 0.975])).tolist()
+    random, speeds = numpy.random.default_rng(0), []
+    prompts = random.integers(len(outcomes), size=(2000, len(outcomes), 1))
+    for of in (outcomes, baselines):
+        seconds = numpy.array([[run.latency_s for run in one.runs] for one in of])  # [prompts, repeats]
+        repeats = random.integers(seconds.shape[1], size=(*prompts.shape[:2], seconds.shape[1]))
+        tokens = numpy.array([len(one.run.token_ids) for one in of])[prompts[:, :, 0]]
+        speeds.append(tokens.sum(axis=1) / numpy.median(seconds[prompts, repeats], axis=2).sum(axis=1))
+    return numpy.percentile(as_percent(speeds[0] / speeds[1]), [2.5, 97.5]).tolist()
 
 
-def report_prompt(prompt: Prompt, results: dict[str, Measured] | str, name: str, key: str, sampled, tokenizer) -> dict:
-    """What the baseline and the method `name` did with one prompt, or why it failed: as it stands in the JSON."""
-    report = {"prompt": prompt.text, "prompt_tokens": prompt.ids.shape[1], "number": prompt.number}
-    report |= {"category": prompt.category, "question_id": prompt.question_id}
-    report |= dict.fromkeys(("baseline", key, "speedup_percent", "identical", "divergence", "error"))
-    if isinstance(results, str):
-        return report | {"error": results}
+class Comparison:
+    """What a method and the baseline did with prompts, and how they compare: every figure, by its key in the JSON."""
 
-    def output(of: Measured) -> dict:
-        text = tokenizer.decode(of.run.token_ids, skip_special_tokens=True)
-        first = {"first_token_s": of.run.first_token_s or None}
-        return speed([of]) | first | {"text": text, "token_ids": of.run.token_ids}
-
-    baseline, result = results["baseline"], results[name]
-    report["baseline"], report[key] = output(baseline), output(result) | acceptance([result.run])
-    report["speedup_percent"] = speedup_percent(report["baseline"], report[key])
-    if not sampled:
-        report["identical"] = result.divergence is None
-    if result.divergence:
-        report["divergence"] = dataclasses.asdict(result.divergence)
-        report["divergence"] |= {of: ratio(report["divergence"][of], 1) for of in ("gap", "noise")}
-    return report
-
-
-def summarise(prompts: list[dict[str, Measured]], name: str, key: str, sampled=False, steps=True) -> dict:
-    """The same over several prompts, and what theory promises; `steps`: if the draft is a model, whose steps cost."""
-    baselines, results = ([measured[method] for measured in prompts] for method in ("baseline", name))
-    alone, runs = ([result.run for result in of] for of in (baselines, results))
-    baseline, method = speed(baselines), speed(results) | acceptance(runs)
-    decoding_s = sum(run.latency_s - run.first_token_s for run in alone)
-    step_s = ratio(decoding_s, sum(len(run.token_ids) - 1 for run in alone))
-    draft_step_s = ratio(method["draft_s"], method["drafted"]) if steps else None
-    verify_pass_s = ratio(method["verify_s"], method["rounds"])
-    draft_cost, verify_cost = ratio(draft_step_s, step_s), ratio(verify_pass_s, step_s)
-    rates = method["alpha"], [drafted for run in runs for drafted, _ in run.rounds], draft_cost
-    kinds = [result.divergence and result.divergence.kind for result in results]
-    return {
-        "baseline": baseline,
-        key: method,
-        "speedup_percent": speedup_percent(baseline, method),
-        "speedup_interval_percent": speedup_interval(baselines, results),
-        "predicted_speedup_percent": promised_percent(*rates, verify_cost),
-        "ideal_speedup_percent": promised_percent(*rates, 1.0),
-        "baseline_step_s": step_s,
-        "draft_step_s": draft_step_s,
-        "verify_pass_s": verify_pass_s,
-        "draft_cost": draft_cost,  # one draft step, in baseline steps: the c of Leviathan et al.
-        "verify_cost": verify_cost,  # one verify pass, in baseline steps
-        "identical": None if sampled else kinds.count(None),
-        "ties": kinds.count("tie"),
-        "mismatches": kinds.count("mismatch"),
-    }
+    def __init__(self, results: list[Result], method: Method):
+        baselines, outcomes = [of.baseline for of in results], [of.outcomes[method.label] for of in results]
+        self.of, self.prompts = method, len(results)
+        self.baseline, self.method = speed(baselines), speed(outcomes)
+        if not method.library:
+            self.method |= acceptance([one.run for one in outcomes])
+        tokens_per_s = [[len(one.run.token_ids) / one.latency_s for one in of] for of in (outcomes, baselines)]
+        gains = [ours / own for ours, own in zip(*tokens_per_s, strict=True)]
+        rounds = [one for outcome in outcomes for one in outcome.run.rounds]
+        drafting = [one for one in rounds if one.drafted]
+        step_s = self.baseline["time_per_output_token_s"]
+        draft_step_s = ratio(sum(one.draft_s for one in drafting), sum(one.drafted for one in drafting))
+        verify_pass_s = ratio(sum(one.verify_s for one in drafting), len(drafting))
+        c, v, alpha = ratio(draft_step_s, step_s), ratio(verify_pass_s, step_s), self.method.get("alpha")
+        # With auto there is no one K, and no prediction.
+        lengths = [one.drafted for one in rounds] if isinstance(method.draft_tokens, int) else []
+        self.figures = {
+            "speedup_percent": as_percent(ratio(self.method["tokens_per_s"], self.baseline["tokens_per_s"])),
+            "decode_speedup_percent": as_percent(ratio(step_s, self.method["time_per_output_token_s"])),
+            "speedup_interval_percent": speedup_interval(baselines, outcomes),
+            "speedup_range_percent": [as_percent(min(gains)), as_percent(max(gains))],
+            "geometric_mean_speedup_percent": as_percent(statistics.geometric_mean(gains)),
+            "predicted_speedup_percent": as_percent(expected_speedup(alpha, lengths, c, v)),
+            "ideal_speedup_percent": as_percent(expected_speedup(alpha, lengths, c, 1.0)),
+        }
+        self.figures |= {"baseline_step_s": step_s, "draft_step_s": draft_step_s, "verify_pass_s": verify_pass_s}
+        self.figures |= {"draft_cost": c, "verify_cost": v}  # in baseline steps: the c of Leviathan et al., and v
+        kinds = Counter(one.divergence.kind if one.divergence else one.unchecked for one in outcomes)
+        self.figures |= {"identical": None if kinds[SAMPLED] else kinds[None], "ties": kinds["tie"]}
+        unchecked = sum(one.unchecked not in (None, SAMPLED) for one in outcomes)
+        self.figures |= {"mismatches": kinds["mismatch"], "unchecked": unchecked}
+        kind = "compared" if method.library else "speculative"
+        self.json = {"baseline": self.baseline, kind: self.method, **self.figures}
 
 
-# 7  Reporting ---------------------------------------------------------------------------------------------------------
+# 9  The report --------------------------------------------------------------------------------------------------------
 
 
-def figure(value: float | None) -> str:
-    """A number with about three digits that count; a dash for None."""
+def number(value: float | None) -> str:
+    """A number with about three significant digits; a dash for None."""
     return "–" if value is None else f"{value:.{sum(abs(value) < bound for bound in (1, 10, 100))}f}"
 
 
-def percent(value: float | None, sign: str = "") -> str:
-    """A percentage without decimals, sign="+" with a plus sign; a dash for None."""
-    return "–" if value is None else f"{round(value):{sign}} %"
+def percent(value: float | None, sign: str = "", whole: float = 100) -> str:
+    """A percentage without decimals, sign="+" with a plus sign; a dash for None. `whole`: what is 100 %."""
+    return "–" if value is None else f"{round(100 * value / whole):{sign}} %"
 
 
-# Heading and width of each column; the prompt has what is left of the line: of 80 columns, 10.
-COLUMNS = [("#", 3), ("prompt", 0), ("tokens", 6), ("s", 6), ("tok/s", 6), ("s", 6), ("tok/s", 6)]
-COLUMNS += [("faster", 7), ("accept", 6), ("log-l.", 6), ("same", 7)]
+def counted(count: int, noun: str) -> str:
+    """A number of things, e.g. "1 layer" or "2 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def print_row(console: Console, cells: list[str | Text], style: str = "") -> None:
-    """Print one row of the table now: a whole table could be printed only after the last prompt."""
-    row = Table.grid(padding=(0, 1, 0, 0))
-    rest = console.width - sum(width + 1 for _, width in COLUMNS)
-    for heading, width in COLUMNS:
-        justify = "left" if heading == "prompt" else "right"
-        row.add_column(width=width or max(rest, 8), justify=justify, no_wrap=True, overflow="ellipsis")
-    row.add_row(*[Text(cell) if isinstance(cell, str) else cell for cell in cells], style=style)
-    console.print(row)
+def gain(value: float | None) -> Text:
+    """A speedup in percent, in a colour."""
+    return Text(percent(value, "+"), "green" if (value or 0) > 0 else "red")
 
 
-def print_headings(console: Console) -> None:
-    """Print the headings, and above them the names of the two methods."""
-    left = console.width - sum(width + 1 for _, width in COLUMNS[3:])
-    console.print(Text("\n" + " " * left + f"{'baseline':>13} {'speculative':>13}", style="bold"))
-    print_row(console, [heading for heading, _ in COLUMNS], "bold")
+Column = namedtuple("Column", "heading width key show", defaults=[number])  # of a table; blank in rows without the key
+COLUMNS = [  # of the table of prompts
+    Column("tokens", 6, "tokens", str),
+    Column("s", 6, "latency_s"),
+    Column("TTFT", 6, "time_to_first_token_s"),
+    Column("tok/s", 6, "tokens_per_s"),
+    Column("faster", 7, "speedup_percent", gain),
+    Column("accept", 6, "acceptance_rate", functools.partial(percent, whole=1)),
+    Column("length", 6, "mean_acceptance_length"),
+    Column("log-l.", 6, "log_likelihood_per_token"),
+    Column("same", 7, "same", Text.from_markup),
+]
+SUMMARY_COLUMNS = [  # of the tables of draft lengths and of categories
+    Column("tok/s", 6, "tokens_per_s"),
+    Column("faster", 7, "speedup_percent", gain),
+    Column("decode", 7, "decode_speedup_percent", gain),
+    Column("predicted", 9, "predicted_speedup_percent", functools.partial(percent, sign="+")),
+    Column("length", 6, "mean_acceptance_length"),
+    Column("α", 5, "alpha"),
+    Column("c", 5, "draft_cost"),
+    Column("v", 5, "verify_cost"),
+]
 
 
-def print_reports(console: Console, number: str, title: str, reports: dict[str, dict]) -> None:
-    """Print the rows of one prompt, or of the averages; reports: by the method's name, speculative decoding first.
+def row_of(one: Comparison) -> dict:
+    """The figures of a method's row."""
+    words = {"identical": "[green]yes", "ties": "[yellow]tie", "mismatches": "[bold red]NO", "unchecked": "[bold red]?"}
+    identical = one.figures["identical"]
+    same = SAMPLED if identical is None else f"{identical}/{one.prompts}"
+    if one.prompts == 1 and identical is not None:
+        same = next(word for key, word in words.items() if one.figures[key])
+    return one.method | one.figures | {"tokens": round(one.method["new_tokens"] / one.prompts), "same": same}
 
-    A single draft length shares the prompt's row with the baseline; of several, each has a row of its own.
-    """
-    first, single = next(iter(reports.values())), len(reports) == 1 or "compared" in list(reports.values())[1]
-    if first.get("error"):
-        console.print(Text(f"{number:>3} {plain(title)[:40]}: {plain(first['error'])}", style="red"))
-        return
 
-    def tokens(of: dict) -> str:  # in the averages, too, those of a prompt
-        return f"{of['latency_s'] * (of['tokens_per_s'] or 0):.0f}"
+def print_row(console: Console, columns: list[Column], label: str, figures: dict | None) -> None:
+    """Print one row now, as prompts take long; `figures` None: the headings. On a narrow terminal it is a list."""
+    room = console.width - sum(column.width + 1 for column in columns)
+    row, is_list = Text(label, "" if figures else "bold"), room < 15
+    if not is_list:
+        row.truncate(room, overflow="ellipsis", pad=True)
+    for heading, width, key, show in columns:
+        cell = Text(heading) if figures is None else Text()
+        if figures and key in figures:
+            cell = Text.assemble(show(figures[key]))
+        if not is_list:
+            cell.align("right", width)
+            row.append(" ").append_text(cell)
+        elif figures and str(cell):
+            row.append(f", {heading} ").append_text(cell)
+    console.print(row, no_wrap=not is_list)
 
-    baseline = [figure(first["baseline"][key]) for key in ("latency_s", "tokens_per_s")]
-    start = [number, plain(title), tokens(first["baseline"]), *baseline]
-    if not single:
-        print_row(console, start + [""] * 6)
-    for name, report in reports.items():
-        method = report.get("speculative") or report["compared"]
-        faster, rate, mean = (report["speedup_percent"], method["acceptance_rate"], method["log_likelihood_per_token"])
-        if report["identical"] is None:
-            same = "sampled"
-        elif "mismatches" in report:  # the averages
-            same = f"{report['identical']}/{report['identical'] + report['ties'] + report['mismatches']}"
+
+def print_prompt(console: Console, title: str, rows: dict[str, Comparison | str]) -> None:
+    """Print what the methods did with one prompt, or with all: by label, the comparison or why there is none."""
+    console.print(Text(title), overflow="ellipsis", no_wrap=True)
+    if one := next((one for one in rows.values() if isinstance(one, Comparison)), None):
+        tokens = {"tokens": round(one.baseline["new_tokens"] / one.prompts)}
+        print_row(console, COLUMNS, "    baseline", one.baseline | tokens)
+    for label, one in rows.items():
+        if isinstance(one, Comparison):
+            print_row(console, COLUMNS, f"    {label}", row_of(one))
         else:
-            kind = "yes" if report["identical"] else report["divergence"]["kind"]
-            same = {"yes": Text("yes", "green"), "tie": Text("tie", "yellow"), "mismatch": Text("NO", "bold red")}[kind]
-        cells = start if single and report is first else ["", name, tokens(method), "", ""]
-        cells = [*cells, figure(method["latency_s"]), figure(method["tokens_per_s"])]
-        cells.append(Text(percent(faster, "+"), "green" if (faster or 0) > 0 else "red"))
-        cells += ["", ""] if rate is None else [percent(100 * rate), figure(mean)]  # no draft, or none of ours
-        print_row(console, [*cells, same])
+            console.print(Text(f"    {label}: {plain(one)}", "red"))
 
 
-def print_summaries(console: Console, title: str, summaries: list[tuple[str, dict]]) -> None:
-    """Print a table that compares summaries, of draft lengths or categories: what each gained, and why."""
-    table = Table(box=None, padding=(0, 1), title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=console.width - 64)
-    costs = ("draft step", "verify pass") if console.width >= 100 else ()  # the last to be missed
-    for heading in ("tok/s", "faster", "predicted", "accept", "tokens/round", *costs):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, summary in summaries:
-        counts, rate = summary["speculative"], summary["speculative"]["acceptance_rate"]
-        gains = [percent(summary[key], "+") for key in ("speedup_percent", "predicted_speedup_percent")]
-        cells = [figure(counts["tokens_per_s"]), *gains, percent(rate and 100 * rate)]
-        cells.append(figure(counts["tokens_per_round"]))
-        steps = [summary[key] and f"{figure(1000 * summary[key])} ms" for key in ("draft_step_s", "verify_pass_s")]
-        table.add_row(Text(plain(name)), *[cell or "–" for cell in [*cells, *steps][: 5 + len(costs)]])
-    console.print(table)
+def print_summaries(console: Console, title: str, rows: dict[str, Comparison]) -> None:
+    """Print a table that compares draft lengths or categories: what each gained, and why."""
+    print_row(console, SUMMARY_COLUMNS, title, None)
+    for label, one in rows.items():
+        print_row(console, SUMMARY_COLUMNS, f"  {plain(label)}", row_of(one))
+    console.print()
 
 
-def print_chart(console: Console, runs: list[dict]) -> None:
-    """Print bars: how many times as fast as the baseline each draft length was, and was predicted to be."""
-    kinds = {"measured": ("speedup_percent", "green"), "predicted": ("predicted_speedup_percent", "bright_black")}
-    times = {
-        (run["draft_tokens"], kind): 1 + run["summary"][key] / 100
-        for run in runs
-        for kind, (key, _) in kinds.items()
-        if run["summary"][key] is not None
-    }
-    chart = Table.grid(padding=(0, 1, 0, 0))
-    for (length, kind), value in times.items():
-        bar = Bar(max(times.values()), 0, value, width=max(10, console.width - 30), color=kinds[kind][1])
-        chart.add_row(f"K = {length}" if kind == "measured" else "", kind, bar, f"{value:.2f} ×")
-    console.print(Text("Times as fast as the baseline", style="bold"))
-    console.print(chart)
+def print_chart(console: Console, title: str, bars: list[tuple[str, float | None]], show: Callable) -> None:
+    """Print bars, each with its label and, as `show` says it, its value; none where there is no value."""
+    most = max((value or 0 for _, value in bars), default=0)
+    if most <= 0:
+        return
+    console.print(Text(title, "bold"))
+    for label, value in bars:
+        if value is not None:
+            bar = "█" * round(value / most * (console.width - 24))
+            style = "bright_black" if label.startswith(" ") else "green"
+            console.print(Text.assemble(f"  {label:<11} ", (bar, style), f" {show(value)}"))
+    console.print()
 
 
-def print_text(console: Console, tokenizer, run: Decoded) -> None:
-    """Print what was written, each token by where it comes from: in colours, or, without them, in marks."""
-    looks = {  # the style, the marks around it, and what it means
-        "draft": ("green", "{}", "accepted guess"),
-        "own": ("bold red", "«{}»", "the main model's own, in place of a wrong guess"),
+def print_text(console: Console, tokenizer, run: Generation) -> None:
+    """Print what was generated, each token by where it comes from: in colours, or, without them, in marks."""
+    looks = {  # by the origin of a token: the style, or, without colours, the marks around it; and what it means
+        "draft": ("green", "{}", "accepted draft token"),
+        "correction": ("bold red", "«{}»", "the main model's own, after a rejection"),
         "bonus": ("cyan", "‹{}›", "its bonus token"),
-        "plain": ("", "{}", "its own, nothing guessed"),
+        "own": ("", "{}", "its own, nothing drafted"),
     }
-    colours = console.is_terminal and not console.no_color
-    text, done = Text(), ""
-
-    def append(written: str, origin: str) -> None:
-        style, marks, _ = looks[origin]
-        text.append(written, style) if colours else text.append(marks.format(written))
-
-    origins = ["plain"]  # the first token, from reading the prompt
-    for drafted, accepted in run.rounds:
-        origins += ["draft"] * accepted + ["own" if accepted < drafted else "bonus" if drafted else "plain"]
+    pieces, done, origins = [], "", ["own"]  # the first token, from the prefill
+    for one in run.rounds:
+        rejected = "correction" if one.accepted < one.drafted else "bonus"
+        origins += ["draft"] * one.accepted + [rejected if one.drafted else "own"]
     for place, origin in enumerate(origins[: len(run.token_ids)], 1):
         decoded = tokenizer.decode(run.token_ids[:place])
         if decoded.endswith("\ufffd") and place < len(run.token_ids):
             continue  # a part of a character: it comes with the rest
-        append(safe(decoded[len(done) :]), origin)
+        pieces.append((safe(decoded[len(done) :]), origin))
         done = decoded
-    text.append("\n")
     for origin, (_, _, meaning) in looks.items():
-        append(meaning, origin)
-        text.append(" · " if origin != "plain" else "\n")
-    console.print(text)
+        pieces += [("\n" if origin == "draft" else " · ", "own"), (meaning, origin)]
+    colours = console.is_terminal and not console.no_color
+    styled = [(text, looks[origin][0]) if colours else looks[origin][1].format(text) for text, origin in pieces]
+    console.print(Text.assemble(*styled, "\n"))
 
 
-def in_words(runs: list[dict], compared: list[dict], repeats: int = 1) -> list[str]:
-    """The result as sentences that a person can quote, and what to try next where the draft does not pay.
+def conclusions(best: Comparison, means: list[Comparison], results: list[Result]) -> list[str]:
+    """The result in sentences that a person can quote: is it faster, by how much, why, what to change, is it right."""
+    figures, did, label = best.figures, best.method, best.of.label
+    gained, v, length = figures["speedup_percent"], figures["verify_cost"], did["mean_acceptance_length"]
+    ours, auto, lines = [one for one in means if not one.of.library], best.of.draft_tokens == "auto", []
+    if gained is None or v is None:
+        why = "Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers."
+        if did["rounds"] and auto:
+            why = "It never drafted: at what the passes cost here, no draft token was worth it."
+        return [why, *verdicts(ours, results)]
+    if len(ours) > 1:
+        lines.append(f"The fastest draft length in this run was {label}, picked by the data that measured it.")
+    low, high = figures["speedup_interval_percent"] or figures["speedup_range_percent"]
+    over = "95 % interval" if figures["speedup_interval_percent"] else "over the prompts"
+    spread = f" ({over} {1 + low / 100:.2f} to {1 + high / 100:.2f})" if best.prompts > 1 else ""
+    lines.append(
+        f"Speculative decoding was {1 + gained / 100:.2f} times as fast{spread}. A pass of the main model yielded "
+        f"{length:.2f} tokens, and α = {number(did['alpha'])} of the tested draft tokens were accepted. A verify pass "
+        f"cost v = {number(v)} baseline steps, a draft step c = {number(figures['draft_cost'])}."
+    )
+    if figures["predicted_speedup_percent"] is not None:
+        predicted, ideal = (percent(figures[f"{kind}_speedup_percent"], "+") for kind in ("predicted", "ideal"))
+        lines.append(f"With {label}, these predict {predicted}; ideal, if verifying cost one step: {ideal}.")
+    extremes = [(one["latency_min_s"], one["latency_max_s"]) for one in (best.baseline, did)]
+    if (repeats := len(results[0].baseline.runs)) > 1:
+        first, second = (f"{number(least)} to {number(most)} s" for least, most in extremes)
+        lines.append(f"Fastest to slowest of {repeats} repeats: {first} (baseline), {second} (speculative).")
+    # A verify pass takes at least as long as a step, so the mean acceptance length is the limit.
+    if v < 0.9 or gained > 105 * length - 100 or any(most > 1.5 * least for least, most in extremes):
+        lines.append("These figures cannot all be right: the machine was busy with something else. Try --repeats 5.")
+    parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
+    spent = sum(did[f"{part}_s"] for part in parts)
+    shares = [f"{percent(did[f'{part}_s'], whole=spent)} {words}" for part, words in parts.items()]
+    lines.append(f"Its time went to {', '.join(shares)}.")
+    if gained < 0:
+        hint = "" if auto else "--draft-tokens auto, or "
+        lines.append(f"The draft does not pay here. Try {hint}a draft that is smaller, or right more often.")
+    for other in [one for one in means if one.of.library]:  # with the same K
+        alike = next((one for one in ours if one.of.draft_tokens == other.of.draft_tokens), best)
+        times = number(ratio(alike.method["tokens_per_s"], other.method["tokens_per_s"]))
+        lines.append(f"With {alike.of.label} it was {times} times as fast as {other.of.library}.")
+    return lines + verdicts(ours, results)
 
-    runs: one for each draft length; compared: one for each of the library's methods. Both as in the JSON.
-    """
-    best = best_run(runs)
-    summary, counts, length = best["summary"], best["summary"]["speculative"], best["draft_tokens"]
-    lines = []
-    if None in (summary["speedup_percent"], counts["tokens_per_round"]):
-        lines.append("Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.")
-    else:
-        if len(runs) > 1:
-            lines.append(f"The fastest draft length in this run was {length}.")
-        times = 1 + summary["speedup_percent"] / 100
-        interval = summary["speedup_interval_percent"]
-        sure = f" (95 % interval {1 + interval[0] / 100:.2f} to {1 + interval[1] / 100:.2f})" if interval else ""
-        promises = [percent(summary[f"{kind}_speedup_percent"], "+") for kind in ("predicted", "ideal")]
-        drafted = f" (of {counts['drafted_per_round']:.1f} guesses a round)" if length == "auto" else ""
-        steps = f", and a draft step {figure(summary['draft_cost'])}: predicted {promises[0]}, ideal {promises[1]}"
-        lines.append(
-            f"Speculative decoding was {times:.2f} times as fast{sure}. Each verify pass of the main model gave "
-            f"{counts['tokens_per_round']:.1f} tokens{drafted}; it cost {figure(summary['verify_cost'])} baseline "
-            f"steps{'' if summary['draft_cost'] is None else steps}."
-        )
-        if repeats > 1:
-            spread = [
-                f"{figure(of['latency_min_s'])} to {figure(of['latency_max_s'])} s ({name})"
-                for name, of in (("baseline", summary["baseline"]), ("speculative", counts))
-            ]
-            lines.append(f"From the fastest to the slowest of {repeats} repeats: {', '.join(spread)}.")
-        parts = {"verify": "verifying", "draft": "drafting", "prefill": "reading the prompts", "other": "all else"}
-        spent = sum(counts[f"{part}_s"] for part in parts)
-        shares = [f"{100 * counts[f'{part}_s'] / spent:.0f} % {words}" for part, words in parts.items()]
-        lines.append(f"Its time went to {', '.join(shares)}.")
-        if times < 1:
-            advice = "" if length == "auto" else "--draft-tokens auto, "
-            other = "a smaller draft, or one that is right more often" if summary["draft_cost"] else "a draft model"
-            lines.append(f"The draft does not pay here. Try {advice}{other}.")
-        for other in compared:  # with the same K
-            alike = next((run for run in runs if run["draft_tokens"] == other["draft_tokens"]), best)
-            gain = ratio(
-                *(of["tokens_per_s"] for of in (alike["summary"]["speculative"], other["summary"]["compared"]))
-            )
-            lines.append(f"With K = {alike['draft_tokens']} it was {figure(gain)} times as fast as {other['method']}.")
 
-    ours = [(run, report) for run in runs for report in run["prompts"] if not report["error"]]
-    if all(report["identical"] is None for _, report in ours):
-        lines.append("The texts are drawn, so they differ: both methods draw from the main model's own distribution.")
-        return lines
-    identical = sum(report["identical"] for _, report in ours)
-    share = "All" if identical == len(ours) else f"{identical} of"
-    same = "The output is" if len(ours) == 1 == identical else f"{share} {len(ours)} outputs are"
-    lines.append(f"{same} the main model's own, token for token.")
-
-    meanings = {"mismatch": "Mismatches, NOT the main model's own (please report this as a bug)"}
-    meanings |= {"tie": "Ties, the main model's own within its rounding"}
-    for kind, meaning in meanings.items():
-        parted = [(run, report) for run, report in ours if (report["divergence"] or {}).get("kind") == kind]
-        if parted:
-            run, report = max(parted, key=lambda one: one[1]["divergence"]["gap"] or 0)
-            divergence = report["divergence"]
-            gap, noise = (math.nan if divergence[of] is None else divergence[of] for of in ("gap", "noise"))
+def verdicts(ours: list[Comparison], results: list[Result]) -> list[str]:
+    """Whether the outputs are the main model's own."""
+    outcomes = [(of.prompt.number, one.of.label, of.outcomes[one.of.label]) for of in results for one in ours]
+    checked = [(it, f"prompt {number}, {label}") for number, label, it in outcomes if it.runs and not it.error]
+    if all(it.unchecked == SAMPLED for it, _ in checked):
+        return ["The texts are sampled, so they differ: both methods draw from the main model's own distribution."]
+    unchecked = [it.unchecked for it, _ in checked if it.unchecked]
+    parted = [(it.divergence, where) for it, where in checked if it.divergence]
+    same, total = len(checked) - len(parted) - len(unchecked), len(checked)
+    which = f"{'All' if same == total else f'{same} of'} {total} outputs are"
+    lines = [f"{'The output is' if total == same == 1 else which} the main model's own, token for token."]
+    bug, fine = "NOT the main model's own (please report this as a bug)", "the main model's own within its rounding"
+    for kind, meaning in (("mismatch", f"Mismatches, {bug}"), ("tie", f"Ties, {fine}")):
+        if alike := [one for one in parted if one[0].kind == kind]:
+            worst, where = max(alike, key=lambda one: one[0].gap)
+            place = "both alike" if worst.index is None else f"new token {worst.index + 1}"
+            whose = f" (at fault: {worst.at_fault})" if worst.at_fault else ""
             lines.append(
-                f"{meaning}: {len(parted)}. The largest: prompt {report['number']}, K = {run['draft_tokens']}, "
-                f"new token {divergence['index'] + 1}, gap {gap:.3g}, rounding noise {noise:.3g}."
+                f"{meaning}: {len(alike)}. The largest: {where}, {place}{whose}, gap {worst.gap:.3g} "
+                f"(of the baseline {worst.baseline_gap:.3g}), rounding noise {worst.noise:.3g}."
             )
+    if unchecked:
+        lines.append(f"{counted(len(unchecked), 'output')} could not be checked: {unchecked[0]}.")
     return lines
 
 
-def best_run(runs: list[dict]) -> dict:
-    """The run whose draft length was the fastest."""
-    return max(runs, key=lambda run: run["summary"]["speculative"]["tokens_per_s"] or 0)
+class Report:
+    """The report as it grows: after each prompt its rows and its part of the JSON, at the end what follows from all."""
+
+    def __init__(self, console: Console, methods: list[Method], tokenizer):  # the baseline first
+        self.console, self.tokenizer, self.methods, self.results = console, tokenizer, methods[1:], []
+        self.parts = {}  # of the JSON, by the method's label
+        for one in self.methods:
+            part = {"method": one.library, "draft_tokens": one.draft_tokens, "costs": one.costs}
+            self.parts[one.label] = part | {"prompts": [], "summary": None, "categories": {}}
+        console.print()
+        print_row(console, COLUMNS, "  # prompt", None)
+
+    def add(self, result: Result, show_text: bool) -> None:
+        """Take in a result, then print its rows: an interrupt in the middle leaves report and JSON the same."""
+        prompt, texts = result.prompt, {}
+        rows = {method.label: result.error(method) or Comparison([result], method) for method in self.methods}
+        told = {"prompt": prompt.text, "prompt_tokens": len(prompt.ids), "number": prompt.number}
+        told |= {"category": prompt.category, "question_id": prompt.question_id}
+        for method, one in zip(self.methods, rows.values(), strict=True):
+            part = told | {"error": result.error(method)}
+            self.parts[method.label]["prompts"].append(part)
+            if isinstance(one, str):
+                kind = "compared" if method.library else "speculative"
+                part |= dict.fromkeys(("baseline", kind, "speedup_percent", "identical", "divergence"))
+                continue
+            outcome = result.outcomes[method.label]
+            for did, run in ((one.baseline, result.baseline.run), (one.method, outcome.run)):
+                text = self.tokenizer.decode(run.token_ids, skip_special_tokens=True)
+                did |= {"first_token_s": run.first_token_s or None, "text": text, "token_ids": run.token_ids}
+            for count in ("drafted", "accepted"):
+                one.method[f"rounds_{count}"] = [getattr(each, count) for each in outcome.run.rounds]
+            divergence = outcome.divergence and dataclasses.asdict(outcome.divergence)
+            identical = None if outcome.unchecked else not divergence
+            part |= one.json | {"identical": identical, "divergence": divergence, "unchecked": outcome.unchecked}
+            if show_text and not method.library:
+                texts[method.label] = outcome.run
+        self.results.append(result)
+        print_prompt(self.console, f"{prompt.number:>3} {plain(prompt.text)}", rows)
+        for label, run in texts.items():
+            self.console.print(f"{label}:", style="bold")
+            print_text(self.console, self.tokenizer, run)
+
+    def finish(self) -> None:
+        """Print the averages, what compares categories and draft lengths, and the conclusions."""
+        means, categories = {}, {}  # by the method's label, over the prompts where it did not fail
+        for method in self.methods:
+            if done := [one for one in self.results if not one.error(method)]:
+                mean = means[method.label] = Comparison(done, method)
+                names = dict.fromkeys(one.prompt.category for one in done if one.prompt.category is not None)
+                groups = {name: [one for one in done if one.prompt.category == name] for name in names}
+                categories[method.label] = rows = {name: Comparison(groups[name], method) for name in names}
+                by_category = {name: one.json for name, one in rows.items()}
+                self.parts[method.label] |= {"summary": mean.json, "categories": by_category}
+        print_prompt(self.console, "    mean", means)
+        self.console.print()
+        ours = {label: mean for label, mean in means.items() if not mean.of.library}
+        if not ours:
+            return
+        best = max(ours.values(), key=lambda one: one.method["tokens_per_s"] or 0)
+        label = best.of.label
+        if categories[label]:
+            print_summaries(self.console, f"By category, {label}", categories[label] | {"all prompts": best})
+        if len(ours) > 1:
+            print_summaries(self.console, "By draft length", ours)
+            bars = []
+            for name, one in ours.items():
+                for kind, key in ((name, "speedup_percent"), ("  predicted", "predicted_speedup_percent")):
+                    if (gained := one.figures[key]) is not None:
+                        bars.append((kind, 1 + gained / 100))
+            print_chart(self.console, "Times as fast as the baseline", bars, "{:.2f} ×".format)
+        joint = best.method["acceptance_by_position"]["joint"]
+        bars = [(f"token {place}", share) for place, share in enumerate(joint, 1)]
+        title = f"Draft tokens accepted, and all before them, by position in a round ({label})"
+        print_chart(self.console, title, bars, functools.partial(percent, whole=1))
+        for line in conclusions(best, list(means.values()), self.results):
+            self.console.print(line)
+
+    def status(self) -> int:
+        """The exit status: 1 if a prompt failed, or an output is wrong or unchecked. Raises UsageError if all did."""
+        ours = [method for method in self.methods if not method.library]
+        errors = [result.error(method) for result in self.results for method in ours]
+        if all(errors):
+            raise UsageError(f"no prompt could be decoded ({errors[0]})")
+        means = [self.parts[method.label]["summary"] for method in ours]
+        return int(any(errors) or any(mean["mismatches"] or mean["unchecked"] for mean in means))
 
 
-def save(path: str, option: str, text: str | None) -> None:
-    """Replace a file in one step, so that it is whole at every moment; None: only see that this can be done.
-
-    Raises CannotRun, which names the option.
-    """
-    with trying(f"write {path}", f"name another file with {option}"):
+def save(path: str | None, option: str, text: str | None) -> None:
+    """Replace a file, if one is named, at once, so that it is always whole; None: see if one can. Raises UsageError."""
+    if not path:
+        return
+    with cli_errors(f"write {path}", f"name another file with {option}"):
         target = pathlib.Path(path).resolve()  # a link stays a link
-        if target.exists() and not target.is_file():
-            raise CannotRun(f"{path} is not a file that can be replaced; name another with {option}")
+        outputs = [path for path in ("/dev/fd/1", "/dev/fd/2") if os.path.exists(path)]
+        if target.exists() and (not target.is_file() or any(map(target.samefile, outputs))):
+            raise UsageError(f"{path} is not a file that can be replaced; name another with {option}")
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             temporary.write_text(text or "", encoding="utf-8")
@@ -1259,67 +1470,52 @@ def save(path: str, option: str, text: str | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
-# 8  Loading -----------------------------------------------------------------------------------------------------------
+# 10  Loading ----------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file, or `limit` of them, spread evenly over the categories. Raises CannotRun.
-
-    A text file has one prompt a line; blank lines and lines that start with # do not count. A file whose name ends in
-    .jsonl has one JSON object a line, with `prompt` or `turns` (the first counts), and perhaps `category` and
-    `question_id`: as the question files of MT-Bench and Spec-Bench.
-    """
-    with trying(f"read {path}", "name a text file with --prompts"):
-        content = pathlib.Path(path).read_bytes()
-    try:
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise CannotRun(f"{path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
-    prompts = []
-    for line, content in enumerate(map(str.strip, lines), 1):
-        if content and path.lower().endswith(".jsonl"):
-            prompts.append(parse_prompt(content, f"{path}, line {line}", len(prompts) + 1))
-        elif content and not content.startswith("#"):
-            prompts.append(Prompt(content, len(prompts) + 1))
+    """A file's prompts, one a line, or `limit` of them, spread evenly over the categories. Raises UsageError."""
+    with cli_errors(f"read {path}", "name a text file with --prompts"):
+        lines, prompts = pathlib.Path(path).read_bytes().split(b"\n"), []
+    for line, content in enumerate(lines, 1):
+        where, number = f"{path}, line {line}", len(prompts) + 1
+        with cli_errors(f"read {where}", "save the file as UTF-8"):
+            text = content.decode("utf-8-sig").strip()
+        if text and path.lower().endswith(".jsonl"):  # one object a line
+            prompts.append(parse_prompt(text, where, number))
+        elif text and not text.startswith("#"):
+            prompts.append(Prompt(text, number))
     if not prompts:
-        raise CannotRun(f"{path} has no prompts; write one on each line")
-    rank, seen = [], collections.Counter()  # each prompt's place within its category
-    for prompt in prompts:
-        rank.append((seen[prompt.category], prompt.number))
-        seen[prompt.category] += 1
-    chosen = {number for _, number in sorted(rank)[:limit]}
-    return [prompt for prompt in prompts if prompt.number in chosen]
+        raise UsageError(f"{path} has no prompts; write one on each line")
+    ranks = defaultdict(itertools.count)  # each prompt's place within its category
+    chosen = sorted(prompts, key=lambda prompt: next(ranks[prompt.category]))[:limit]
+    return sorted(chosen, key=lambda prompt: prompt.number)
 
 
-def parse_prompt(content: str, where: str, number: int) -> Prompt:
-    """One line of a .jsonl file. Raises CannotRun."""
-    try:
-        entry = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CannotRun(f"{where}: this is not JSON ({first_line(error)}); write one object a line") from error
-    text = category = None
-    if isinstance(entry, dict):
-        turns, text, category = (entry.get(key) for key in ("turns", "prompt", "category"))
-        if text is None and isinstance(turns, list) and turns:
-            text = turns[0]
+def parse_prompt(line: str, where: str, number: int) -> Prompt:
+    """An object as Spec-Bench has: `prompt`, or first of `turns`; `category`; `question_id`. Raises UsageError."""
+    with cli_errors(f"read {where}: this is not JSON", "write one object a line"):
+        entry = json.loads(line)
+    entry = entry if isinstance(entry, dict) else {}
+    text, turns, category, question_id = map(entry.get, ("prompt", "turns", "category", "question_id"))
+    if text is None and isinstance(turns, list) and turns:
+        text = turns[0]
     if not isinstance(text, str):
-        raise CannotRun(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
+        raise UsageError(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
     if not text.strip():
-        raise CannotRun(f"{where}: the prompt is empty; leave the line out")
+        raise UsageError(f"{where}: the prompt is empty; leave the line out")
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise CannotRun(f"{where}: half of a surrogate pair is not a character; leave it out")
-    question_id = entry.get("question_id")
+        raise UsageError(f"{where}: half of a surrogate pair is not a character; leave it out")
     question_id = question_id if isinstance(question_id, str | int) else None
     return Prompt(text, number, None if category is None else str(category), question_id)
 
 
-def choose_device(wanted: str, state: accelerate.PartialState) -> torch.device:
-    """The device named on the command line, or the accelerator if there is one, else the CPU. Raises CannotRun."""
+def choose_device(wanted: str, world: accelerate.PartialState) -> torch.device:
+    """The device named on the command line, or the accelerator if there is one, else the CPU. Raises UsageError."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if wanted == "auto":
-        return state.device if state.num_processes > 1 else accelerator
-    with trying(f"use the device {wanted!r}", f"PyTorch finds {accelerator} here: use --device auto"):
+        return world.device if world.num_processes > 1 else accelerator
+    with cli_errors(f"use the device {wanted!r}", f"PyTorch finds {accelerator} here: use --device auto"):
         (probe := torch.zeros(1, device=wanted)).item()
         if probe.device.type != "cpu":
             torch.accelerator.set_device_index(probe.device)  # the one whose events `mark` records
@@ -1331,11 +1527,10 @@ def device_name(device: torch.device) -> str:
     if device.type != "cpu":
         name = getattr(torch.get_device_module(device), "get_device_name", None)
         return name(device) if name else device.type
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n")
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 @functools.cache
@@ -1348,592 +1543,445 @@ def hub_refuses(name: str) -> Exception | None:
 
 
 @functools.cache
-def fetch(name: str, *patterns: str) -> str:
-    """The folder of a model: the name itself if it is one, else the hub's model of that name, downloaded if need be.
-
-    Of that, the files that match the patterns; never any that could hold code. Raises CannotRun.
-    """
+def fetch(name: str, weights: bool = False) -> str:
+    """A model's folder: the name itself, or what the hub has by that name, without its code. Raises UsageError."""
     if os.path.isdir(name):
         return name
-    refusal = hub_refuses(name)
+    refusal, patterns = hub_refuses(name), ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
     try:
         if isinstance(refusal, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
             raise refusal
-        return huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5, local_files_only=bool(refusal)
-        )
+        only_local = {"etag_timeout": 5, "local_files_only": bool(refusal)}
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], **only_local)
     except Exception as error:
         status = getattr(getattr(refusal, "response", None), "status_code", None)
         access = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
-        spelling = "check the spelling, or `hf auth login` if it is private"
         answer = f"answers with status {status}" if status else "cannot be reached"
-        elsewhere = "check the connection, name local folders with --main and --draft, or try --demo"
-        match error:
-            case hub_errors.HFValidationError():
-                why = f"there is no folder {name}, and no model on the hub can have that name"
-            case hub_errors.GatedRepoError():
-                why = f"{name} is a gated model, and you have no access: {access}"
-            case hub_errors.RepositoryNotFoundError():
-                why = f"there is no folder {name}, and the hub shows no model of that name: {spelling}"
-            case hub_errors.LocalEntryNotFoundError() if status in (401, 403):
-                why = f"the hub does not let you read {name} (status {status}): {access} with a valid token"
-            case hub_errors.LocalEntryNotFoundError():
-                why = f"{name} is not on this machine, and the hub {answer}: {elsewhere}"
-            case OSError(errno=errno.ENOSPC):
-                why = f"the disk is full: {name} cannot be downloaded; make room, or set HF_HOME to a folder elsewhere"
-            case _:
-                why = f"cannot download {name}: {first_line(error)}; try again, or name a local folder"
-        raise CannotRun(why) from error
+        unread = f"{answer}: check the connection, name local folders with --main and --draft, or try --demo"
+        if status in (401, 403):
+            unread = f"does not let you read {name} (status {status}): {access} with a valid token"
+        failed = f"cannot download {name}: {first_line(error)}; try again, or name a local folder"
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            failed = f"the disk is full: {name} cannot be downloaded; make room, or set HF_HOME to a folder elsewhere"
+        absent, spelling = f"there is no folder {name}, and", "check the spelling, or `hf auth login` if it is private"
+        reasons = {
+            hub_errors.HFValidationError: f"{absent} no model on the hub can have that name",
+            hub_errors.GatedRepoError: f"{name} is a gated model, and you have no access: {access}",
+            hub_errors.RepositoryNotFoundError: f"{absent} the hub shows no model of that name: {spelling}",
+            hub_errors.LocalEntryNotFoundError: f"{name} is not on this machine, and the hub {unread}",
+            Exception: failed,
+        }
+        raise UsageError(next(why for kind, why in reasons.items() if isinstance(error, kind))) from error
 
 
-NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
+class ModelFiles(NamedTuple):
+    """A model before its weights are loaded."""
+
+    name: str
+    config: transformers.PreTrainedConfig
+    parameters: int
+    bytes_per_token: int  # of its KV cache
 
 
-def load_config(name: str) -> transformers.PreTrainedConfig:
-    """The configuration of a model whose cache can be rolled back. Raises CannotRun for any other."""
-    folder = fetch(name, *NO_WEIGHTS)
-    with trying(f"load {name}", "the folder needs the config.json of a causal language model, complete"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
+    """Measure a model on meta tensors, which have no storage. Raises UsageError for one that cannot be rolled back."""
+    limits = {"num_hidden_layers": 1000, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24}
+    limits |= {"num_attention_heads": 2**12, "num_key_value_heads": 2**12, "max_position_embeddings": 2**30}
+    limits |= {"sliding_window": 2**30}
+    with cli_errors(f"load {name}", "the folder needs the config.json of a causal language model, complete"):
+        config = AutoConfig.from_pretrained(fetch(name), trust_remote_code=False)
+        for field, most in limits.items():  # before anything is built
+            value = getattr(config.get_text_config(), field, None)
+            if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+                raise UsageError(f"{name}: {field} is {value!r} in its config.json; it must be from 1 to {most:,}")
         if config.is_encoder_decoder:
-            raise CannotRun(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise CannotRun(f"{name} ({config.model_type}) is not a text-generation model; take a decoder")
-        kind = AutoModelForCausalLM._model_mapping[type(config)]
-        layers = DynamicCache(config=config).layers
-    # The library's marks of what cannot go back: Mamba, RWKV, linear attention.
-    if getattr(kind, "_is_stateful", False) or not all(layer.is_croppable for layer in layers):
-        raise CannotRun(f"{name} ({config.model_type}) keeps a state that cannot be rolled back; take attention models")
-    return config
-
-
-def count_parameters(config: transformers.PreTrainedConfig) -> int:
-    """How many weights a model has, from its configuration alone. Raises CannotRun."""
-    with trying(f"build a {config.model_type} model", "the folder needs the config.json of a causal language model"):
-        with accelerate.init_empty_weights(include_buffers=True):  # so nothing at all is allocated
-            model = AutoModelForCausalLM.from_config(config)
+            raise UsageError(f"{name} is an encoder-decoder; both models must be decoders only (Llama, Gemma, Qwen, …)")
+        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if not kind:
+            raise UsageError(f"{name} ({config.model_type}) is not a text-generation model; take a decoder")
+        # The library's marks of what cannot go back: Mamba, RWKV, linear attention.
+        croppable = all(layer.is_croppable for layer in DynamicCache(config=config).layers)
+        if getattr(kind, "_is_stateful", False) or not croppable:
+            raise UsageError(
+                f"{name} ({config.model_type}) has a state that cannot be rolled back; take an attention model"
+            )
+        with accelerate.init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
-        return model.num_parameters()
+    cached = CachedModel(model)
+    with contextlib.suppress(Exception):  # some mixtures of experts cannot run without storage: 0
+        cached.prefill(torch.zeros(1, 1, dtype=torch.long, device="meta"))
+    stored = [getattr(layer, part, None) for layer in cached.cache.layers for part in ("keys", "values")]
+    return ModelFiles(name, config, model.num_parameters(), sum(part.nbytes for part in stored if part is not None))
 
 
-def cache_gb(config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: int) -> float:
-    """What the keys and values of a text take, in GB (10^9 bytes), if no layer has a window."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * tokens * dtype.itemsize / 1e9
-
-
-def check_memory(
-    configs: dict[str, transformers.PreTrainedConfig], sizes: dict[str, int], dtype: torch.dtype, device, tokens: int
-) -> None:
-    """Raise CannotRun if the device has less free memory than the models' weights and caches take.
-
-    sizes: the number of weights of each model; tokens: the most of a text.
-    """
-    limits = accelerate.utils.get_max_memory()
-    free = limits.get(device.type, limits.get(device.index or 0, math.inf)) / 1e9
-    needs = {name: (sizes[name] * dtype.itemsize / 1e9, cache_gb(configs[name], dtype, tokens)) for name in configs}
-    if (needed := sum(map(sum, needs.values()))) <= free:
+def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch.device, tokens: int) -> None:
+    """Raise UsageError if the device has less free memory than weights and caches take; tokens: the most of a text."""
+    if device.type in ("cuda", "xpu"):
+        free = torch.accelerator.get_memory_info(device)[0] / 1e9
+    else:
+        free = accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
+    needed, parts = 0.0, []
+    for role, of in files.items():
+        weights, cache = of.parameters * dtype.itemsize / 1e9, of.bytes_per_token * tokens / 1e9
+        needed += weights + cache
+        parts.append(f"{role} {of.name} {weights:.1f} + {cache:.1f}")
+    if needed <= free:
         return
-    parts = ", ".join(f"{name} {weights:.1f} + {cache:.1f}" for name, (weights, cache) in needs.items())
-    mends = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
+    hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
     if dtype == torch.float32 and needed / 2 <= free:
-        mends.insert(0, "--dtype bfloat16 (half of it)")
-    raise CannotRun(
-        f"the models need {needed:.1f} GB in {str(dtype).removeprefix('torch.')} (weights + cache: {parts}), and "
-        f"{device} has {free:.1f} GB free: try {', or '.join(mends)}"
+        hints.insert(0, "--dtype bfloat16 (half of it)")
+    raise UsageError(
+        f"the models need {needed:.1f} GB in {str(dtype)[6:]} (weights + KV cache: {', '.join(parts)}), and "
+        f"{device} has {free:.1f} GB free: try {', or '.join(hints)}"
     )
 
 
 def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dtype, **placement) -> PreTrainedModel:
-    """Load a model's weights, to where `placement` says. Raises CannotRun for what is broken or does not fit."""
-    folder = fetch(name, *NO_WEIGHTS, "*.safetensors")
-    safely = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    with trying(f"load {name}", "it needs memory, and safetensors weights of a causal language model, complete"):
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **safely, **placement)
+    """Load a model's weights, to where `placement` says. Raises UsageError for what is broken or does not fit."""
+    how = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True, **placement}
+    with cli_errors(f"load {name}", "it needs memory, and safetensors weights of a causal language model, complete"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            fetch(name, weights=True), config=config, dtype=dtype, **how
+        )
     if missing := sorted(loading["missing_keys"]):
-        raise CannotRun(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
+        raise UsageError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
     return model
 
 
 def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
-    """The first model's tokenizer. The others' must have the same number for the same token. Raises CannotRun."""
+    """The first model's tokenizer. The others' must have the same id for the same token. Raises UsageError."""
     tokenizers = []
     for name in names:
-        with trying(f"load the tokenizer of {name}", "download it again"):
-            tokenizers.append(AutoTokenizer.from_pretrained(fetch(name, *NO_WEIGHTS), trust_remote_code=False))
+        with cli_errors(f"load the tokenizer of {name}", "download it again"):
+            tokenizers.append(AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False))
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     if differing := vocabularies[0].items() ^ vocabularies[-1].items():
         token = min(differing)[0]
-        sizes, numbers = zip(*[(f"{len(of):,}", str(of.get(token, "nothing"))) for of in vocabularies], strict=True)
-        raise CannotRun(
+        sizes, ids = zip(*[(f"{len(of):,}", str(of.get(token, "nothing"))) for of in vocabularies], strict=True)
+        raise UsageError(
             f"{' and '.join(names)} have different tokenizers ({' and '.join(sizes)} tokens; {token!r} is "
-            f"{' and '.join(numbers)}): take a draft of the main model's family, or --draft ngram"
+            f"{' and '.join(ids)}): take a draft of the main model's family, or --draft ngram"
         )
     return tokenizers[0]
 
 
-def encode(tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The prompt's token ids, within the chat template if `chat`."""
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+def encode(tokenizer, text: str, chat: bool) -> list[int]:
+    """The prompt's token ids, within the chat template if `chat`. A <bos> that is written already is not added."""
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    is_complete = chat or (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
+    return tokenizer(text, add_special_tokens=not is_complete)["input_ids"]
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """All tokens that end a text, by the model's generation config."""
+def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
+    """All tokens that end a text: those of the model's generation config, and the tokenizer's own."""
     ids = model.generation_config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
+    return frozenset([*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]) - {None}
 
 
-def context_length(config: transformers.PreTrainedConfig) -> float:
-    """The most tokens that a text may have; infinite where the model sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+# 11  The command line -------------------------------------------------------------------------------------------------
 
-
-# 9  The command line --------------------------------------------------------------------------------------------------
+BUNDLED = pathlib.Path(__file__).resolve().parent / "tests" / "tiny_gemma2"
+DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
 
 
 def between(kind: type, least: float, most: float, what: str) -> Callable[[str], float]:
     """An argparse type: a number from `least` to `most`."""
 
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
-    return parse
+    return number
 
 
-def draft_lengths(text: str) -> list[int | str]:
+def draft_lengths(text: str) -> tuple[int | str, ...]:
     """An argparse type: auto, a number, or several of these with commas between them."""
     number = between(int, 1, 1000, "auto, or a number from 1 to 1000, or several with commas between them")
-    return list(dict.fromkeys("auto" if part == "auto" else number(part) for part in text.split(",")))
+    return tuple(dict.fromkeys("auto" if part == "auto" else number(part) for part in text.split(",")))
 
 
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, as given. A bad one ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(
-        description="Measure what speculative decoding gains for a main model and a draft model on this machine, "
-        "and check that the output is still the main model's own.",
-        epilog="With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo.",
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+    epilog = "With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo. Exit status"
+    epilog += ": 0 all well; 1 some prompt failed, or some output is not the main model's own; 2 it could not run; "
+    texts = {"description": (__doc__ or "").partition("\n")[0], "epilog": epilog + "130 interrupted."}
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, **texts)
     natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
     heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
-
-    add_argument = parser.add_argument_group("the pair and the prompts").add_argument
-    add_argument("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
-    add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
-    add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
-    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
-    add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    add_argument = parser.add_argument_group("how to decode").add_argument
-    add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
-    add_argument("--ignore-eos", action="store_true", help="write exactly N tokens, past the end of a text")
-    lengths = "how many tokens a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
-    add_argument("--draft-tokens", metavar="K", type=draft_lengths, default=["auto"], help=lengths)
-    add_argument("--temperature", metavar="T", type=heat, default=0.0, help="draw tokens (default: 0, the likeliest)")
-    add_argument("--top-k", metavar="N", type=natural, default=0, help="draw from the N likeliest (default: 0, all)")
-    add_argument(
-        "--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)"
-    )
-    add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
-    add_argument = parser.add_argument_group("where to decode").add_argument
-    add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
-    add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
-    kinds = ["auto", "float32", "bfloat16", "float16"]
-    add_argument("--dtype", choices=kinds, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add_argument("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
-    add_argument("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
-    add_argument = parser.add_argument_group("what to measure and show").add_argument
-    add_argument("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
-    add_argument("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
-    add_argument("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
-    add_argument("--show-text", action="store_true", help="print the texts, each token by where it comes from")
-    add_argument("--json", metavar="FILE", help="write all that was measured, after each prompt")
-    add_argument("--svg", metavar="FILE", help="write the report as a picture")
+    add = parser.add_argument_group("the pair and the prompts").add_argument
+    add("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
+    add("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
+    add("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
+    add("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
+    add("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
+    add("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    add = parser.add_argument_group("how to decode").add_argument
+    add("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
+    add("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
+    lengths = "tokens that a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
+    add("--draft-tokens", metavar="K", type=draft_lengths, default=("auto",), help=lengths)
+    add("--temperature", metavar="T", type=heat, default=0.0, help="sample (default: 0, greedy)")
+    add("--top-k", metavar="N", type=natural, default=0, help="sample from the N likeliest (default: 0, all)")
+    add("--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)")
+    add("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
+    add = parser.add_argument_group("where to decode").add_argument
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
+    add("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
+    add("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
+    add = parser.add_argument_group("what to measure and show").add_argument
+    add("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
+    add("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
+    add("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
+    add("--show-text", action="store_true", help="print the texts, each token by where it comes from")
+    add("--json", metavar="FILE", help="write all that was measured, after each prompt")
+    add("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
-    options = parser.parse_args(arguments)
-    if options.demo and (options.main or options.draft not in (None, "ngram")):
+    given = parser.parse_args(arguments)
+    if given.demo and (given.main or given.draft not in (None, "ngram")):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
-    if not options.temperature and (options.top_k or options.top_p < 1):
-        parser.error("--top-k and --top-p cut what tokens are drawn from: add a --temperature")
-    if 0 < options.temperature < 0.001:
+    if not given.temperature and (given.top_k or given.top_p < 1):
+        parser.error("--top-k and --top-p cut what tokens are sampled from: add a --temperature")
+    if 0 < given.temperature < 0.001:
         parser.error("--temperature is 0 or at least 0.001: less is rounded away")
-    if options.device_map and options.compile == "on":
+    if given.device_map and given.compile == "on":
         parser.error("--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on")
-    if options.max_memory:
-        try:
-            accelerate.utils.convert_file_size_to_int(options.max_memory)
-        except ValueError:
-            parser.error(f"--max-memory {options.max_memory}: write a size such as 10GB or 500MB")
-        if not options.device_map:
-            parser.error("--max-memory says how --device-map auto spreads the main model: add that")
-    return options
+    if given.max_memory and not given.device_map:
+        parser.error("--max-memory says how --device-map auto spreads the main model: add that")
+    try:
+        accelerate.utils.convert_file_size_to_int(given.max_memory or 0)
+    except ValueError:
+        parser.error(f"--max-memory {given.max_memory}: write a size such as 10GB or 500MB")
+    return given
 
 
-def settle(options: argparse.Namespace, device: torch.device) -> str | None:
-    """Replace every default that depends on the machine by the value in force; return what the user must be told."""
-    notice = None
-    if options.demo or (device.type == "cpu" and not options.main and options.draft in (None, "ngram")):
-        why = "This" if options.demo else "No GPU in use: this"
+def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
+    """The most tokens that any round may draft."""
+    return max(LONGEST_AUTO if length == "auto" else length for length in draft_tokens)
+
+
+def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
+    """The settings in force on this machine, and what the user must be told of them. Raises UsageError."""
+    notice, main, draft = None, given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
+    demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, "ngram"))
+    if demo:
+        why = "This" if given.demo else "No GPU in use: this"
         notice = f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's."
         if not (BUNDLED / "main").is_dir():
-            raise CannotRun(f"no bundled pair in {BUNDLED}: clone the whole project, or name --main and --draft")
-        options.demo = True
-        options.main = os.path.relpath(BUNDLED / "main")
-        options.draft = options.draft or os.path.relpath(BUNDLED / "draft")
-    elif options.main and not options.draft:
+            raise UsageError(f"no bundled pair in {BUNDLED}: clone the whole project, or name --main and --draft")
+        main, draft = os.path.relpath(BUNDLED / "main"), given.draft or os.path.relpath(BUNDLED / "draft")
+    elif given.main and not given.draft:
         notice = f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft."
-    options.main = options.main or DEFAULT_MAIN
-    options.draft = options.draft or DEFAULT_DRAFT
-    options.prompts = options.prompts or os.path.relpath((BUNDLED if options.demo else HERE) / "prompts.txt")
-    options.device = str(device)
-    if options.compile == "auto":
-        options.compile = "on" if device.type == "cuda" and not options.device_map else "off"
-    if options.dtype == "auto":
-        options.dtype = "float32" if device.type == "cpu" else "bfloat16"
-    files = [os.path.realpath(path) for path in (options.prompts, options.json, options.svg) if path]
-    if len(files) != len(set(files)):
-        raise CannotRun("--json and --svg need files of their own, which are not the prompts'; name others")
-    return notice
+    prompts = given.prompts or os.path.relpath((BUNDLED if demo else BUNDLED.parent.parent) / "prompts.txt")
+    files = Counter(os.path.realpath(path) for path in (prompts, given.json, given.svg) if path)
+    if max(files.values()) > 1:
+        raise UsageError("--json and --svg need files of their own, which are not the prompts'; name others")
+    is_compiled = given.compile == "on" or given.compile == "auto" and device.type == "cuda" and not given.device_map
+    automatic = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = automatic if given.dtype == "auto" else given.dtype
+    resolved = {"main": main, "draft": draft, "demo": demo, "prompts": prompts, "device": str(device), "dtype": dtype}
+    resolved = vars(given) | resolved | {"compile": "on" if is_compiled else "off"}
+    return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notice
 
 
-def longest(options: argparse.Namespace) -> int:
-    """The most tokens that any round may draft."""
-    return max(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)
-
-
-def encode_all(
-    options: argparse.Namespace, prompts: list[Prompt], tokenizer, context: float, device: torch.device
-) -> tuple[list[Prompt], str | None]:
-    """The prompts that fit into the context, with their ids; and what must be said of the others. Raises CannotRun."""
-    chat = not options.no_chat_template and tokenizer.chat_template is not None
+def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float) -> list[Prompt]:
+    """The prompts that fit into the context, with their ids. Raises UsageError."""
+    chat, fitting, longest = not settings.no_chat_template and tokenizer.chat_template is not None, [], 0
     # The last round may draft beyond the last new token; and costs are measured with one such round behind a prompt.
-    room = max(options.max_new_tokens, 2) + longest(options) - 1
-    fitting, lengths = [], []
+    room = max(settings.max_new_tokens, 2) + longest_draft(settings.draft_tokens) - 1
     for prompt in prompts:
-        with trying(f"put prompt {prompt.number} into the chat template", "--no-chat-template feeds it as it is"):
-            ids = encode(tokenizer, prompt.text, chat)
+        with cli_errors(f"put prompt {prompt.number} into the chat template", "--no-chat-template feeds it as it is"):
+            ids = tuple(encode(tokenizer, prompt.text, chat))
         if not ids:
-            raise CannotRun(f"prompt {prompt.number} of {options.prompts} comes to no tokens; leave it out")
-        lengths.append(len(ids))
+            raise UsageError(f"prompt {prompt.number} of {settings.prompts} comes to no tokens; leave it out")
+        longest = max(longest, len(ids))
         if len(ids) + room <= context:
-            ids = torch.tensor([ids], device=device)
-            fitting.append(dataclasses.replace(prompt, ids=ids, max_new_tokens=options.max_new_tokens))
-    if len(fitting) == len(prompts):
-        return fitting, None
-    too_long = (
-        f"{len(prompts) - len(fitting)} of {len(prompts)} prompts of {options.prompts} are too long: with {room} "
-        f"tokens for the output and a last draft they exceed the models' context of {context} (the longest has "
-        f"{max(lengths)})"
-    )
+            fitting.append(dataclasses.replace(prompt, ids=ids, max_new_tokens=settings.max_new_tokens))
     if not fitting:
-        raise CannotRun(f"{too_long}: lower --max-new-tokens or --draft-tokens, or shorten the prompts")
-    return fitting, f"{too_long}: left out"
+        raise UsageError(
+            f"all prompts of {settings.prompts} are too long: with {room} tokens for output and draft they exceed the "
+            f"context of {context} (the longest has {longest}): shorten them, or lower --max-new-tokens, --draft-tokens"
+        )
+    return fitting
 
 
-def read_all(options: argparse.Namespace, device: torch.device, errors: Console) -> tuple:
-    """By role, configurations and numbers of weights; the tokenizer; the prompts that fit: all but the weights.
-
-    A pair that cannot run is refused here. Raises CannotRun.
-    """
-    names = {"main": options.main} | ({} if options.draft == "ngram" else {"draft": options.draft})
-    prompts = read_prompts(options.prompts, options.limit)
-    configs = {role: load_config(name) for role, name in names.items()}
-    tokenizer = load_tokenizer(list(names.values()))
-    prompts, left_out = encode_all(options, prompts, tokenizer, min(map(context_length, configs.values())), device)
-    if left_out:
-        errors.print(f"warning: {left_out}")
-    if max(prompt.ids.max().item() for prompt in prompts) >= common_vocabulary(configs):
-        raise CannotRun(f"the tokenizer of {options.main} has tokens that the models do not know; download them again")
-    sizes = {role: count_parameters(config) for role, config in configs.items()}
-    if not options.device_map:
-        tokens = max(prompt.ids.shape[1] for prompt in prompts) + options.max_new_tokens + longest(options)
-        named = ({f"{role} {name}": of[role] for role, name in names.items()} for of in (configs, sizes))
-        check_memory(*named, getattr(torch, options.dtype), device, tokens)
-    return configs, sizes, tokenizer, prompts
+def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int | None) -> tuple:
+    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
+    sampler = Greedy()
+    if settings.temperature:
+        sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
+    cached = {role: kind(model, vocabulary, device) for role, model in models.items()}
+    draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else NgramDraft(device)
+    return cached["main"], draft, sampler
 
 
-def common_vocabulary(configs: dict[str, transformers.PreTrainedConfig]) -> int:
-    """How many tokens all of the models know: those of one family are padded differently."""
-    return min(config.get_text_config().vocab_size for config in configs.values())
-
-
-def load_pair(options: argparse.Namespace, configs: dict, device: torch.device, scratch: str, errors: Console) -> tuple:
-    """The main model, the draft, and the rule by which tokens are chosen. Raises CannotRun.
-
-    `scratch`: a folder for weights that are offloaded to the disk.
-    """
-    placement = dict.fromkeys(configs, {"device_map": device})
-    if options.device_map:
-        limits = accelerate.utils.get_max_memory()
-        first = device.type if device.type in limits else device.index or 0
-        limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(options.max_memory or "1PB"))
-        placement["main"] = {"device_map": options.device_map, "max_memory": limits, "offload_folder": scratch}
-    models = {}
-    for role in reversed(configs):  # the draft first: it wants one device for itself
-        name = getattr(options, role)
-        errors.print(f"Loading {plain(name)} …", style="dim")
-        model = load_model(name, configs[role], getattr(torch, options.dtype), **placement[role])
-        models[role] = CachedModel(model, common_vocabulary(configs), device)
-    rule = Greedy()
-    if options.temperature:
-        rule = Sampling(options.temperature, options.top_k, options.top_p, options.seed, device)
-    draft = ModelDraft(models["draft"], rule) if "draft" in models else NgramDraft(device)
-    return models["main"], draft, rule
-
-
-def compile_pair(
-    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, longest_prompt: int, console: Console
-) -> None:
-    """Compile the steps of both models, for the numbers of tokens that come up; they stay eager if that fails."""
-    start = time.perf_counter()
-    capacity = longest_prompt + options.max_new_tokens + longest(options) + 1
-    models = [main] + ([draft.model] if isinstance(draft, ModelDraft) else [])
-    try:
-        for model in models:
-            model.fix_size(capacity)
-        main.compile(rule.next_token, 1, rule.uniform(1))
-        for length in {0, *(LONGEST_AUTO if length == "auto" else length for length in options.draft_tokens)}:
-            main.compile(rule.judge, length + 1, last=0)
-        for model in models[1:]:
-            for tokens in (1, 2):
-                model.compile(rule.guess, tokens, rule.uniform(1))
-    except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
-        console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
-        options.compile = "off"
-        for model in models:
-            model.run_eagerly()
-    options.compile_s = time.perf_counter() - start
-
-
-def choose_methods(
-    options: argparse.Namespace, main: CachedModel, draft, rule: Greedy, prompt_ids: Tensor, errors: Console
-) -> tuple[dict[str, Callable[[Prompt], Decoded]], dict[str, dict], dict[str, dict]]:
-    """What to measure: the methods by name, the baseline first; and for each but that its part of the JSON.
-
-    These apart: one for each draft length, and what we compare with.
-    """
-    model = getattr(draft, "model", None)
-    methods, ours, compared = {"baseline": functools.partial(decode_alone, main, rule)}, {}, {}
-    for length in options.draft_tokens:
-        name, part = f"K = {length}", {"draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
-        if length == "auto":
-            part["costs"] = measure_costs(main, model, rule, prompt_ids, LONGEST_AUTO)
-        chooser = AutoLength(LONGEST_AUTO, part["costs"]) if length == "auto" else FixedLength(length)
-        methods[name], ours[name] = functools.partial(decode_speculatively, main, draft, rule, chooser), part
-    if options.compare:
-        others = {"generate()": (None, None)}
-        sizes = [each.model.config.get_text_config().vocab_size for each in (main, model or main)]
-        if sizes[0] == sizes[1]:
-            names = ["assisted" if length == "auto" else f"assist {length}" for length in options.draft_tokens]
-            others |= {name: (draft, length) for name, length in zip(names, options.draft_tokens, strict=True)}
-        else:
-            why = f"its vocabularies are padded differently, to {sizes[0]:,} and {sizes[1]:,} tokens"
-            errors.print(f"warning: transformers' assisted generation refuses this pair ({why}): left out")
-        for name, (helper, length) in others.items():
-            k = None if length == "auto" else length
-            methods[name] = functools.partial(decode_by_transformers, main, helper, rule, k)
-            drafting = "its default K" if length == "auto" else f"K = {length}"
-            said = f"transformers' assisted generation, {drafting}" if helper else "transformers' generate()"
-            compared[name] = {"method": said, "draft_tokens": length, "prompts": [], "summary": None, "categories": {}}
-    return methods, ours, compared
-
-
-def add_results(
-    parts: dict[str, dict], done: list[tuple[Prompt, dict[str, Measured]]], prompt: Prompt, results, tokenizer, options
-) -> None:
-    """Add to each method's part of the JSON what became of a prompt, and bring its summaries up to date."""
-    sampled = bool(options.temperature)
-    if isinstance(results, dict):
-        done.append((prompt, results))
-    alike = [each for other, each in done if other.category == prompt.category]
-    for name, part in parts.items():
-        key = "compared" if "method" in part else "speculative"
-        part["prompts"].append(report_prompt(prompt, results, name, key, sampled, tokenizer))
-        if isinstance(results, dict):
-            how = name, key, sampled, options.draft != "ngram"
-            part["summary"] = summarise([each for _, each in done], *how)
-            if prompt.category is not None:
-                part["categories"][prompt.category] = summarise(alike, *how)
-
-
-def describe_machine(options: argparse.Namespace, device: torch.device, processes: int) -> dict:
-    """What the JSON says of where it all ran."""
-    return {
-        "device": device.type,
-        "device_name": device_name(device),
-        "dtype": options.dtype,
-        "threads": torch.get_num_threads(),
-        "processes": processes,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things, e.g. "1 layer" or "2 layers"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def describe(
-    console: Console, options: argparse.Namespace, environment: dict, configs: dict, sizes: dict, prompts: int
-) -> None:
+def describe(console: Console, settings: Any, files: dict[str, ModelFiles], environment: dict, prompts: int) -> None:
     """Print what is about to run."""
     console.print("Speculative decoding: does the draft pay?", style="bold")
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for role, config in configs.items():
-        millions = sizes[role] / 1e6
-        size = f"{millions / 1000:.1f} B" if millions >= 1000 else f"{millions:.1f} M"
-        layers = counted(config.get_text_config().num_hidden_layers, "layer")
-        table.add_row(f"  {role}", plain(getattr(options, role)), f"{size} parameters, {layers}")
-    if len(configs) == 1:
-        table.add_row("  draft", "ngram", "no model: what followed the same tokens before")
-    console.print(table)
+    rows = {"draft": ("ngram", NgramDraft.description)}
+    for role, of in files.items():
+        layers = counted(of.config.get_text_config().num_hidden_layers, "layer")
+        rows[role] = (plain(of.name), f"{of.parameters / 1e6:,.1f} M parameters, {layers}")
+    for role, (name, description) in sorted(rows.items(), reverse=True):
+        console.print(f"  {role:<5}  {name:<{max(len(name) for name, _ in rows.values())}}  {description}")
     threads = f", {counted(environment['threads'], 'thread')}" if environment["device"] == "cpu" else ""
     processes = f" in each of {environment['processes']} processes" if environment["processes"] > 1 else ""
     machine = f"{environment['device']} ({plain(environment['device_name'])}{threads}){processes}"
-    console.print(f"  {machine}, {environment['dtype']}, {'compiled' if options.compile == 'on' else 'eager'}")
-    limit = counted(options.max_new_tokens, "new token")
-    console.print(f"  K = {' / '.join(map(str, options.draft_tokens))}, up to {limit}, {counted(prompts, 'prompt')}")
-    if options.temperature:
-        drawn = f"temperature {options.temperature:g}, top-k {options.top_k or 'off'}, top-p {options.top_p:g}"
-        console.print(f"  {drawn}, seed {options.seed}; log-likelihoods are at temperature 1, with nothing cut off")
+    console.print(f"  {machine}, {settings.dtype}, {'compiled' if settings.compile == 'on' else 'eager'}")
+    lengths, limit = " / ".join(map(str, settings.draft_tokens)), counted(settings.max_new_tokens, "new token")
+    console.print(f"  K = {lengths}, up to {limit}, {counted(prompts, 'prompt')}")
+    if settings.temperature:
+        cuts = f"top-k {settings.top_k or 'off'}, top-p {settings.top_p:g}, seed {settings.seed}"
+        console.print(f"  temperature {settings.temperature:g}, {cuts}; log-likelihoods are at temperature 1, uncut")
 
 
-def print_result(console: Console, ours: dict[str, dict], compared: dict[str, dict], repeats: int) -> None:
-    """Print the averages, what compares draft lengths and categories, and the result in words."""
-    runs, others = list(ours.values()), list(compared.values())
-    best = best_run(runs)
-    print_reports(console, "", "mean", {name: part["summary"] for name, part in (ours | compared).items()})
-    console.print()
-    if best["categories"]:
-        print_summaries(console, "By category", [*best["categories"].items(), ("all prompts", best["summary"])])
-        console.print()
-    if len(runs) > 1:
-        print_summaries(console, "By draft length", [(name, run["summary"]) for name, run in ours.items()])
-        console.print()
-        print_chart(console, runs)
-        console.print()
-    for line in in_words(runs, others, repeats):
-        console.print(line)
-
-
-def run(options: argparse.Namespace, scratch: str) -> int:
-    """Do what the options ask for, with a folder for temporary files; return the exit status."""
+def run(given: argparse.Namespace, scratch: str) -> int:
+    """Do what the options ask for, with a folder for temporary files; return the exit status. Raises UsageError."""
     # One process, or one of several that torchrun or `accelerate launch` started: the prompts are dealt out to them.
-    world = accelerate.PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
+    on_cpu = given.device == "cpu" or not torch.accelerator.is_available()
+    world = accelerate.PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=1))  # wait for the slowest
     plainly = {"markup": False, "emoji": False, "highlight": False, "quiet": not world.is_main_process}
-    console = Console(width=None if sys.stdout.isatty() else 120, record=bool(options.svg), **plainly)
+    console = Console(width=None if sys.stdout.isatty() else 120, record=bool(given.svg), **plainly)
     errors = Console(stderr=True, soft_wrap=True, **plainly)
-    device = choose_device(options.device, world)
-    if notice := settle(options, device):
+    device = choose_device(given.device, world)
+    settings, notice = resolve_defaults(given, device)
+    if notice:
         console.print(notice)
+    for path, option in ((settings.json, "--json"), (settings.svg, "--svg")):
+        save(path, option, None)  # better to fail now than when all is measured
 
-    def write(option: str, text: str | None) -> None:
-        if (path := getattr(options, option)) and world.is_main_process:
-            save(path, f"--{option}", text)
+    names = {"main": settings.main} | ({} if settings.draft == "ngram" else {"draft": settings.draft})
+    prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
+    files = {role: read_model_files(name, dtype) for role, name in names.items()}
+    tokenizer = load_tokenizer(list(names.values()))
+    configs = [of.config.get_text_config() for of in files.values()]
+    context = min(getattr(config, "max_position_embeddings", None) or math.inf for config in configs)
+    found, prompts = len(prompts), encode_prompts(prompts, tokenizer, settings, context)
+    if len(prompts) < found:
+        errors.print(f"warning: {found - len(prompts)} of {found} prompts exceed the context of {context}: left out")
+    if max(max(prompt.ids) for prompt in prompts) >= min(config.vocab_size for config in configs):
+        raise UsageError(f"the tokenizer of {settings.main} has tokens that the models lack; download them again")
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    capacity = len(by_length[-1].ids) + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
+    if not settings.device_map:
+        check_memory(files, dtype, device, capacity)
 
-    write("json", None)  # better to fail now than when all is measured
-    write("svg", None)
-    configs, sizes, tokenizer, prompts = read_all(options, device, errors)
-    environment = describe_machine(options, device, world.num_processes)
-    describe(console, options, environment, configs, sizes, len(prompts))
-    main, draft, rule = load_pair(options, configs, device, scratch, errors)
-    ends = frozenset() if options.ignore_eos else end_tokens(main.model)
+    environment = {"device": device.type, "device_name": device_name(device), "dtype": settings.dtype}
+    environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
+    environment |= {"python": platform.python_version(), "torch": torch.__version__}
+    environment |= {"transformers": transformers.__version__}
+    describe(console, settings, files, environment, len(prompts))
+    errors.print(f"Loading {' and '.join(map(plain, names.values()))} …", style="dim")
+    models = {}
+    for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
+        placement = {"device_map": device}
+        if settings.device_map and role == "main":  # into what is free by now, less a tenth to work in
+            limits = {key: int(0.9 * size) for key, size in accelerate.utils.get_max_memory().items()}
+            first = device.type if device.type in limits else device.index or 0
+            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or "1PB"))
+            placement = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
+        models[role] = load_model(of.name, of.config, dtype, **placement)
+    ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
-    lengths = [prompt.ids.shape[1] for prompt in prompts]
-    if options.compile == "on":
-        errors.print("Compiling …", style="dim")
-        compile_pair(options, main, draft, rule, max(lengths), console)
-    with trying("decode with this pair", "lower --max-new-tokens, or take a smaller pair"):
-        shortest = prompts[lengths.index(min(lengths))].ids
-        methods, ours, compared = choose_methods(options, main, draft, rule, shortest, errors)
-    parts = ours | compared
-    report = {"environment": environment, "settings": vars(options)}
-    report |= {"runs": list(ours.values()), "compared": list(compared.values())}
+    start, pair = time.perf_counter(), None
+    if settings.compile == "on":
+        try:
+            pair = wrap_pair(settings, models, device, capacity)
+            compile_steps(*pair, settings.draft_tokens, functools.partial(errors.print, style="dim"))
+        except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
+            console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
+            settings, pair = dataclasses.replace(settings, compile="off"), None
+    compile_s = time.perf_counter() - start
+    main, draft, sampler = pair or wrap_pair(settings, models, device, None)
+    methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
+    if settings.compare:
+        methods += library_methods(main, draft, sampler, settings.draft_tokens)
+    report = Report(console, methods, tokenizer)
+
+    def write_json(complete: bool) -> None:
+        told = {"environment": environment, "settings": dataclasses.asdict(settings) | {"compile_s": compile_s}}
+        told["runs"] = [part for part in report.parts.values() if not part["method"]]
+        told |= {"compared": [part for part in report.parts.values() if part["method"]], "complete": complete}
+        save(settings.json, "--json", json.dumps(told, indent=2, allow_nan=False) + "\n")
 
     # A bar that redraws itself would take time from what is timed: this one is drawn between the runs only.
-    columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
-    hidden = not errors.is_terminal or errors.quiet
-    bar = Progress(
-        *columns, console=errors, transient=True, auto_refresh=False, disable=hidden, speed_estimate_period=1e6
-    )
     mine = prompts[world.process_index :: world.num_processes]
-    task = bar.add_task("", total=len(methods) * (options.warmup + options.repeats * len(mine)) + 1)
+    columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
+    quiet = {"transient": True, "auto_refresh": False, "disable": not errors.is_interactive}
+    bar = Progress(*columns, console=errors, speed_estimate_period=1e6, **quiet)
+    task = bar.add_task("", total=len(methods) * (settings.warmup + settings.repeats * len(mine)) + 1)
 
     def announce(prompt: Prompt, what: str) -> None:
-        known = report["runs"][0]["summary"]
-        rate = f", {figure(known['speculative']['tokens_per_s'])} tokens/s so far" if known else ""
         bar.start()
-        bar.update(task, description=f"prompt {prompt.number}: {what}{rate}", advance=1, refresh=True)
+        bar.update(task, description=f"prompt {prompt.number}: {what}", advance=1, refresh=True)
 
-    print_headings(console)
-    done, failed, stopped = [], [], None
+    check = functools.partial(check_outputs, main, bool(settings.temperature))
+    results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce)
+    stopped = None
     try:
-        results = measure(main, mine, methods, options.repeats, options.warmup, not options.temperature, announce)
-        for first in range(0, len(prompts), world.num_processes):
-            with trying("hear from the other processes", "see what they say, and start again"):
+        for _ in range(0, len(prompts), world.num_processes):
+            with cli_errors("hear from the other processes", "see what they say, and start again"):
                 everyones = accelerate.utils.gather_object([next(results, None)])
             bar.stop()
-            for prompt, result in zip(prompts[first:], everyones, strict=False):
-                add_results(parts, done, prompt, result, tokenizer, options)
-                report["complete"] = prompt is prompts[-1]
-                write("json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-                failed += [result] if isinstance(result, str) else []
-                latest = {name: part["prompts"][-1] for name, part in parts.items()}
-                print_reports(console, str(prompt.number), prompt.text, latest)
-                for name in ours if options.show_text and isinstance(result, dict) else ():
-                    console.print(f"{name}:", style="bold")
-                    print_text(console, tokenizer, result[name].run)
-    except (KeyboardInterrupt, CannotRun) as error:
+            for result in filter(None, everyones if world.is_main_process else ()):
+                report.add(result, settings.show_text)
+                write_json(complete=False)
+    except (KeyboardInterrupt, UsageError) as error:
         stopped = error  # and on: what was measured so far is reported all the same
     finally:
         bar.stop()
-
-    if done and all(part["summary"] for part in parts.values()):
+    if not world.is_main_process:
+        return 0
+    done = len(report.results)
+    if any(outcome.runs for result in report.results for outcome in result.outcomes.values()):
         if stopped:
-            console.print(f"Only {len(done)} of {len(prompts)} prompts: a part of the result.", style="bold")
-        print_result(console, ours, compared, options.repeats)
-        write("svg", console.export_svg(title="speculative_decoding.py") if options.svg else None)
+            console.print(f"Only {done} of {len(prompts)} prompts: a part of the result.", style="bold")
+        report.finish()
+        if not isinstance(stopped, UsageError):
+            write_json(complete=not stopped)
+        save(settings.svg, "--svg", console.export_svg(title="speculative_decoding.py") if settings.svg else None)
     if isinstance(stopped, KeyboardInterrupt):
-        errors.print(f"Interrupted after {len(done)} of {len(prompts)} prompts.")
+        errors.print(f"Interrupted after {done} of {len(prompts)} prompts.")
         return 130
     if stopped:
         raise stopped
-    if not done:
-        raise CannotRun(f"no prompt could be decoded ({failed[0]}): lower --max-new-tokens, or take a smaller pair")
-    return 1 if failed or any(run["summary"]["mismatches"] for run in ours.values()) else 0
+    return report.status()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: nobody reads it
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # for terminals and files that lack a character of the report
-    options = parse_options(arguments)
+    given = parse(arguments)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for library in ("accelerate", "huggingface_hub"):  # what they would say is said in one line, or in the table
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # both: it reports what is done, and ends
-        signal.signal(asked_to_end, signal.default_int_handler)
+
+    def interrupt(*_) -> None:
+        for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # once is enough: what follows is the report
+            signal.signal(asked_to_end, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked_to_end, interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="speculative-decoding-") as scratch:
-            return run(options, scratch)
-    except CannotRun as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
+            return run(given, scratch)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

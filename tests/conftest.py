@@ -1,8 +1,10 @@
 """Real models for the tests: the bundled pair, and small random ones of many architectures."""
 
 import copy
+import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -105,31 +107,42 @@ def always_wrong(model):
 
 
 def ids_of(tokens):
-    """A prompt as the program has it: [1, n]."""
+    """Token ids as a model reads them: [1, n]."""
     return torch.tensor([list(tokens)])
 
 
 def prompt_of(tokens, number=0, new=32, end=frozenset()):
-    return sd.Prompt("?", number, ids=ids_of(tokens), max_new_tokens=new, end_ids=frozenset(end))
+    return sd.Prompt("?", number, ids=tuple(tokens), max_new_tokens=new, end_ids=frozenset(end))
 
 
-def alone(model, prompt, new=32, end=frozenset(), rule=None, number=0):
-    """The baseline's output for a prompt; `model`: the library's, or one with a cache."""
+def generation_of(tokens, latency=1.0, first=0.0, rounds=(), log_likelihood=0.0):
+    """A generation as if it had been measured; rounds: (drafted, accepted[, draft_s, verify_s, round_s]) of each."""
+    rounds = [sd.Round(*one) for one in rounds]
+    return sd.Generation(prompt_of([1]), list(tokens), latency, first, rounds, log_likelihood)
+
+
+def counts_of(run):
+    """(drafted, accepted) of each round."""
+    return [(one.drafted, one.accepted) for one in run.rounds]
+
+
+def baseline(model, prompt, new=32, end=frozenset(), sampler=None, number=0):
+    """The baseline's generation for a prompt; `model`: the library's, or one with a cache."""
     model = model if isinstance(model, sd.CachedModel) else sd.CachedModel(model)
-    return sd.decode_alone(model, rule or sd.Greedy(), prompt_of(prompt, number, new, end))
+    return sd.decode_autoregressively(model, sampler or sd.Greedy(), prompt_of(prompt, number, new, end))
 
 
 def speculate(
-    main, draft, prompt, length, new=32, end=frozenset(), rule=None, number=0, decode=sd.decode_speculatively
+    main, draft, prompt, length, new=32, end=frozenset(), sampler=None, number=0, decode=sd.decode_speculatively
 ):
     """Speculative decoding; `draft`: a model of either kind or "ngram"; `length`: a number, or what chooses it."""
-    rule = rule or sd.Greedy()
+    sampler = sampler or sd.Greedy()
     main, draft = (
         model if isinstance(model, sd.CachedModel | str) else sd.CachedModel(model) for model in (main, draft)
     )
-    helper = sd.NgramDraft(main.device) if draft == "ngram" else sd.ModelDraft(draft, rule)
+    helper = sd.NgramDraft(main.device) if draft == "ngram" else sd.ModelDraft(draft, sampler)
     length = sd.FixedLength(length) if isinstance(length, int) else length
-    return decode(main, helper, rule, length, prompt_of(prompt, number, new, end))
+    return decode(main, helper, sampler, length, prompt_of(prompt, number, new, end))
 
 
 @pytest.fixture(scope="session")
@@ -140,3 +153,23 @@ def gemma2():
 @pytest.fixture(scope="session")
 def llama():
     return make_model("llama")
+
+
+@pytest.fixture
+def one_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# a comment\n\nWhat does heapq.merge do?\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The plain command, as a process of its own, in another folder: on a machine with no accelerator, the demo.
+
+    The finished process and its JSON; with a fixed draft length and the automatic one.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    program, options = ROOT / "speculative_decoding.py", ["--device", "cpu", "--draft-tokens", "3,auto"]
+    command = [sys.executable, program, *options, "--json", "out.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
+    return done, json.loads((folder / "out.json").read_text())

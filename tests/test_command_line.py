@@ -1,130 +1,75 @@
-"""The program as people run it: what it prints, what it writes, how it ends, and every way it can refuse."""
+"""The program as people run it: its options, every way it can refuse and end, terminals, and several processes."""
 
-import io
 import json
-import math
 import os
+import pty
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT, ids_of, make_model
-from rich.console import Console
+from conftest import ROOT
 from test_lossless import planted
 
 import speculative_decoding as sd
 
+PROGRAM = ROOT / "speculative_decoding.py"
 MAIN, DRAFT = ROOT / "tests/tiny_gemma2/main", ROOT / "tests/tiny_gemma2/draft"
 PAIR = ["--main", str(MAIN), "--draft", str(DRAFT)]
-QUICK = ["--max-new-tokens", "8", "--warmup", "0"]
+QUICK = ["--demo", "--warmup", 0, "--draft-tokens", 3, "--max-new-tokens", 12]
 
 
 def run(*arguments):
     return sd.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def one_prompt(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("# a comment\n\nWhat does heapq.merge do?\n")
+def refused(capsys, *arguments):
+    """Run, see it refused, return the one line that it says."""
+    status = run(*arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in said if not line.startswith("Loading ")]
+    assert status == 2 and len(errors) == 1 and errors[0].startswith("error: "), said
+    return errors[0]
+
+
+def command(*arguments):
+    """The program as a command of its own."""
+    return list(map(str, [sys.executable, PROGRAM, *arguments]))
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return path
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The plain command, as a process of its own, in another folder: on a machine with no accelerator, the demo."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [
-        sys.executable,
-        ROOT / "speculative_decoding.py",
-        "--device",
-        "cpu",
-        "--draft-tokens",
-        "3",
-        "--json",
-        "out.json",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
-    return done, json.loads((folder / "out.json").read_text())
+# What it does
 
 
 def test_the_plain_command_shows_five_prompts_and_a_result(demo):
-    done, _ = demo
+    done, report = demo
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "No GPU in use: this is the bundled pair of tiny models. Its speed says nothing about Gemma's."
-    rows = [line for line in lines if re.match(r" +[1-5] \S", line)]
-    assert len(rows) == 5 and all(row.endswith(" yes") for row in rows)
-    assert any(re.match(r" +mean .* 5/5$", line) for line in lines)
-    assert "All 5 outputs are the main model's own, token for token." in lines
+    titles = [place for place, line in enumerate(lines) if re.match(r" +[1-5] \S", line)]
+    assert len(titles) == 5
+    for place in titles:
+        assert re.match(r"    baseline +\d+ ", lines[place + 1])
+        for row, label in zip(lines[place + 2 : place + 4], ("K = 3", "K = auto"), strict=True):
+            assert row.startswith(f"    {label} ") and row.endswith(" yes")
+    mean = lines.index("    mean")
+    assert mean == titles[-1] + 4 and [line.endswith(" 5/5") for line in lines[mean + 2 : mean + 4]] == [True, True]
+    assert "All 10 outputs are the main model's own, token for token." in lines
     assert max(map(len, lines)) <= 120
     assert "\x1b" not in done.stdout + done.stderr  # piped: no colours, no cursor movements
-    assert "prompt 1 of 5" not in done.stderr  # nor a progress bar
-
-
-def test_the_bundled_pair_is_what_it_should_be(demo):
-    _, report = demo
-    assert report["settings"]["demo"] is True
-    (measured,) = report["runs"]
-    assert 0.55 <= measured["summary"]["speculative"]["acceptance_rate"] <= 0.90
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<bos>", "<unk>"]
-    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
-    model = sd.load_model(str(MAIN), sd.load_config(str(MAIN)), torch.float32)
-    assert sorted(ends) == sorted(sd.end_tokens(model))
-    for prompt in measured["prompts"]:
-        assert 60 <= prompt["speculative"]["new_tokens"] <= 128
-        assert prompt["speculative"]["token_ids"][-1] == ends[1]
-    sizes = [file.stat().st_size for folder in (MAIN, DRAFT) for file in folder.glob("*.safetensors")]
-    assert len(sizes) == 2 and sum(sizes) < 16_000_000
-
-
-BOTH = {"new_tokens", "latency_s", "tokens_per_s"}
-RATES = {"rounds", "drafted", "accepted", "acceptance_rate", "alpha", "tokens_per_round"}
-RATES |= {"log_likelihood", "log_likelihood_per_token", "draft_s", "verify_s", "other_s"}
-OUTPUT = BOTH | {"first_token_s", "text", "token_ids"}
-
-
-def test_the_json_holds_what_the_design_promises(demo):
-    _, report = demo
-    environment = {"device", "device_name", "dtype", "threads", "python", "torch", "transformers"}
-    assert set(report) >= {"environment", "settings", "runs"} and set(report["environment"]) >= environment
-    options = "main draft demo prompts max_new_tokens draft_tokens device dtype repeats warmup ignore_eos json"
-    assert set(report["settings"]) >= {*options.split(), "no_chat_template"}
-    (measured,) = report["runs"]
-    assert measured["draft_tokens"] == 3 and len(measured["prompts"]) == 5 and report["compared"] == []
-    for prompt in measured["prompts"]:
-        keys = {"prompt", "prompt_tokens", "baseline", "speculative", "speedup_percent", "identical", "divergence"}
-        assert set(prompt) >= keys
-        assert set(prompt["baseline"]) >= OUTPUT and set(prompt["speculative"]) >= OUTPUT | RATES
-        assert prompt["identical"] is True and prompt["divergence"] is None
-    summary = measured["summary"]
-    promises = {"speedup_percent", "predicted_speedup_percent", "ideal_speedup_percent"}
-    assert set(summary) >= {"baseline", "speculative", "identical", "ties", "mismatches"} | promises
-    assert set(summary["baseline"]) >= BOTH and set(summary["speculative"]) >= BOTH | RATES
-
-
-def test_the_summary_follows_from_the_prompts(demo):
-    _, report = demo
-    prompts, summary = report["runs"][0]["prompts"], report["runs"][0]["summary"]
-    for method in ("baseline", "speculative"):
-        tokens = sum(prompt[method]["new_tokens"] for prompt in prompts)
-        seconds = sum(prompt[method]["latency_s"] for prompt in prompts)
-        assert summary[method]["new_tokens"] == tokens
-        assert summary[method]["latency_s"] == pytest.approx(seconds / 5)
-        assert summary[method]["tokens_per_s"] == pytest.approx(tokens / seconds)
-    faster = summary["speculative"]["tokens_per_s"] / summary["baseline"]["tokens_per_s"]
-    assert summary["speedup_percent"] == pytest.approx(100 * (faster - 1))
-    counts = summary["speculative"]
-    for key in ("rounds", "drafted", "accepted", "log_likelihood", "draft_s", "verify_s", "other_s"):
-        assert counts[key] == pytest.approx(sum(prompt["speculative"][key] for prompt in prompts))
-    assert counts["drafted"] == 3 * counts["rounds"]
-    assert (summary["identical"], summary["ties"], summary["mismatches"]) == (5, 0, 0)
+    assert "prompt 1: " not in done.stderr  # nor a progress bar
+    assert report["settings"]["demo"] is True and report["complete"] is True
 
 
 def test_the_options_do_what_they_say(tmp_path, one_prompt, capsys):
@@ -140,10 +85,24 @@ def test_the_options_do_what_they_say(tmp_path, one_prompt, capsys):
     assert prompt["prompt_tokens"] == len(ids) and report["runs"][0]["draft_tokens"] == 5
 
 
-def test_the_chat_template_is_the_models_own():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    ids = sd.encode(tokenizer, "Hello!", chat=True)
-    assert tokenizer.decode(ids) == "<bos><start_of_turn>user\nHello!<end_of_turn>\n<start_of_turn>model\n"
+def test_what_is_compared_is_kept_apart(tmp_path, capsys, one_prompt):
+    """Ours in `runs`, the library's in `compared`, in the same form."""
+    out = tmp_path / "out.json"
+    assert run(*QUICK, "--prompts", one_prompt, "--compare", "transformers", "--json", out) == 0
+    report = json.loads(out.read_text())
+    (ours,), (alone, assisted) = report["runs"], report["compared"]
+    assert ours["method"] is None and ours["prompts"][0]["speculative"]["token_ids"]
+    assert alone["method"] == "transformers' generate(), eager" and alone["draft_tokens"] is None
+    assert assisted["method"] == "transformers' assisted generation, K = 3, eager" and assisted["draft_tokens"] == 3
+    for other in (alone, assisted):
+        (prompt,) = other["prompts"]
+        assert prompt["compared"]["token_ids"] == ours["prompts"][0]["speculative"]["token_ids"]
+        assert prompt["identical"] is True and other["summary"]["identical"] == 1
+        assert other["summary"]["compared"]["time_to_first_token_s"] is None  # generate() does not tell
+        assert "alpha" not in prompt["compared"] and other["summary"]["predicted_speedup_percent"] is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"With K = 3 it was [\d.]+ times as fast as transformers' generate\(\), eager\.", printed)
+    assert re.search(r"With K = 3 it was [\d.]+ times as fast as transformers' assisted generation, K = 3", printed)
 
 
 def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
@@ -156,151 +115,21 @@ def test_a_mismatch_ends_with_status_1(monkeypatch, capsys, tmp_path):
     assert "NOT the main model's own" in printed and "5 outputs are" in printed and "All 5" not in printed
     (measured,) = json.loads(out.read_text())["runs"]
     assert measured["summary"]["mismatches"] > 0
-    wrong = {report["number"]: report["divergence"]["gap"] for report in measured["prompts"] if report["divergence"]}
+    parted = [report for report in measured["prompts"] if report["divergence"]]
+    assert all(report["identical"] is False for report in parted)
+    assert all(report["divergence"]["at_fault"] == "speculative" for report in parted)
+    wrong = {report["number"]: report["divergence"]["gap"] for report in parted}
     assert f"The largest: prompt {max(wrong, key=wrong.get)}, K = 3" in printed
 
 
-def measured(divergence=None):
-    return sd.Measured([sd.Decoded([1, 2, 3], 1.0, 0.5, [(3, 1)], -1.0, 0.1, 0.2, 0.3)], divergence)
+def test_bfloat16_outputs_are_the_same_or_tied(capsys):
+    """The type that the default pair runs in: on the bundled pair, whatever parts, parts at a tie."""
+    assert run("--demo", "--dtype", "bfloat16", "--draft-tokens", 4, "--warmup", 0, "--max-new-tokens", 64) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16" in printed and "NOT the main model's own" not in printed
 
 
-def test_a_tie_is_shown_with_its_figures():
-    results = [measured(), measured(sd.Divergence(16, 4, 5, 0.125, 0.25, "tie"))]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    prompts = [sd.Prompt("p", number, ids=ids_of([1, 2, 3, 4])) for number in (1, 2)]
-    reports = [
-        sd.report_prompt(prompt, {"baseline": measured(), "K": result}, "K", "speculative", False, tokenizer)
-        for prompt, result in zip(prompts, results, strict=True)
-    ]
-    summary = sd.summarise([{"baseline": measured(), "K": result} for result in results], "K", "speculative")
-    words = sd.in_words([{"draft_tokens": 3, "prompts": reports, "summary": summary}], [])
-    assert words[-2] == "1 of 2 outputs are the main model's own, token for token."
-    assert words[-1].startswith("Ties, the main model's own within its rounding: 1.")
-    assert words[-1].endswith("prompt 2, K = 3, new token 17, gap 0.125, rounding noise 0.25.")
-
-
-# What must be refused: status 2, one line that says what and how, no traceback.
-
-
-def saved(folder, config, tokenizer=True):
-    """A folder with a small random model, and the bundled tokenizer."""
-    transformers.AutoModel.from_config(config).save_pretrained(folder)
-    if tokenizer:
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(MAIN / name, folder / name)
-    return folder
-
-
-def copied(folder, change):
-    """A copy of the bundled draft with something done to it."""
-    shutil.copytree(DRAFT, folder)
-    change(folder)
-    return folder
-
-
-def truncate(folder):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def drop_a_weight(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("model.layers.0.mlp.up_proj.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def to_pickle(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save(make_model("gemma2").state_dict(), folder / "pytorch_model.bin")
-
-
-def swap_two_tokens(folder):
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    first, second = sorted(token for token in vocabulary if token.isalpha() and len(token) > 5)[:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-def demand_remote_code(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
-
-
-BROKEN_DRAFTS = {
-    "truncated weights": (truncate, "cannot load"),
-    "a weight is missing": (drop_a_weight, "lacks 1 of its weights"),
-    "pickled weights": (to_pickle, "safetensors"),
-    "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot load"),
-    "another tokenizer": (swap_two_tokens, "different tokenizers"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
-    "remote code": (demand_remote_code, "cannot load"),
-}
-
-
-def refused(capsys, *arguments):
-    """Run, see it refused, return the one line that it says."""
-    status = run(*arguments)
-    said = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in said if not line.startswith("Loading ")]
-    assert status == 2 and len(errors) == 1 and errors[0].startswith("error: "), said
-    return errors[0]
-
-
-@pytest.mark.parametrize("case", BROKEN_DRAFTS)
-def test_broken_models_are_refused(case, tmp_path, capsys, one_prompt):
-    change, expected = BROKEN_DRAFTS[case]
-    folder = copied(tmp_path / "draft", change)
-    message = refused(capsys, "--main", MAIN, "--draft", folder, "--prompts", one_prompt)
-    assert expected in message and str(folder) in message
-
-
-def test_models_that_cannot_roll_back_are_refused(tmp_path, capsys, one_prompt):
-    small = {"vocab_size": 2048, "hidden_size": 32, "num_hidden_layers": 2}
-    mamba = saved(tmp_path / "mamba", transformers.MambaConfig(**small, state_size=4))
-    message = refused(capsys, "--main", mamba, "--draft", DRAFT, "--prompts", one_prompt)
-    assert "mamba" in message and "cannot be rolled back" in message
-    t5 = saved(tmp_path / "t5", transformers.T5Config(vocab_size=2048, d_model=32, d_kv=8, d_ff=32, num_layers=1))
-    assert "encoder-decoder" in refused(capsys, "--main", t5, "--draft", DRAFT, "--prompts", one_prompt)
-
-
-def test_models_that_are_not_there_are_refused(capsys, one_prompt):
-    message = refused(capsys, "--main", "nobody/nothing", "--prompts", one_prompt)
-    assert "nobody/nothing" in message and "--demo" in message
-    assert "no folder" in refused(capsys, "--main", "./no/such/folder", "--draft", DRAFT, "--prompts", one_prompt)
-
-
-def test_bad_prompt_files_are_refused(tmp_path, capsys):
-    path = tmp_path / "p.txt"
-    assert "cannot read" in refused(capsys, "--demo", "--prompts", path)
-    assert "cannot read" in refused(capsys, "--demo", "--prompts", tmp_path)
-    path.write_text("# only a comment\n\n")
-    assert "no prompts" in refused(capsys, "--demo", "--prompts", path)
-    path.write_bytes(b"caf\xe9\n")
-    assert "UTF-8" in refused(capsys, "--demo", "--prompts", path)
-    assert "line 1" in refused(capsys, "--demo", "--prompts", path)
-    path.write_text("What is a list? " * 400 + "\n")
-    message = refused(capsys, "--demo", "--prompts", path)
-    assert "1 of 1 prompts" in message and "context of 1024" in message
-
-
-def test_the_context_is_used_to_its_end(tmp_path, capsys):
-    path = tmp_path / "p.txt"
-    path.write_text("word " * 300)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
-    tokens = len(sd.encode(tokenizer, path.read_text().strip(), chat=True))
-    fits = 1024 - tokens - 3 + 1
-    common = [*PAIR, "--prompts", path, "--warmup", 0, "--draft-tokens", 3, "--ignore-eos", "--max-new-tokens"]
-    assert "exceed" in refused(capsys, *common, fits + 1)
-    sd.settle(options := sd.parse_options([str(o) for o in [*common, fits]]), torch.device("cpu"))
-    prompts = [sd.Prompt(path.read_text().strip(), 1), sd.Prompt("word " * 301, 2)]
-    fitting, left_out = sd.encode_all(options, prompts, tokenizer, 1024, torch.device("cpu"))
-    assert [prompt.number for prompt in fitting] == [1] and left_out.startswith("1 of 2 prompts")
+# What must be refused: status 2, one line that says what and how, no traceback
 
 
 def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
@@ -315,12 +144,14 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
     [
         ["--draft-tokens", "0"],
         ["--draft-tokens", "three"],
+        ["--draft-tokens", "3,,4"],
         ["--max-new-tokens", "-1"],
         ["--repeats", "0"],
         ["--warmup", "-1"],
         ["--dtype", "int8"],
         ["--nonsense"],
         ["--demo", "--main", "x"],
+        ["--demo", "--draft", "x"],
         ["--temperature", "-1"],
         ["--temperature", "nan"],
         ["--top-p", "0"],
@@ -341,7 +172,327 @@ def test_bad_options_are_refused(arguments, capsys):
     assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: ")
 
 
-# Text from outside is data.
+def test_the_help_names_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    printed, said = capsys.readouterr()
+    assert ended.value.code == 0 and said == ""
+    statuses = (
+        "Exit status: 0 all well; 1 .* failed, or .* is not the main model's own; 2 it could not run; 130 interrupted"
+    )
+    assert re.search(statuses, " ".join(printed.split()))
+
+
+def test_no_file_is_replaced_that_should_stay(tmp_path, capsys):
+    prompts = write(tmp_path / "p.txt", "What does re.split do?")
+    for option in ("--json", "--svg"):
+        assert "files of their own" in refused(capsys, *QUICK, "--prompts", prompts, option, prompts)
+        assert "is not a file" in refused(capsys, *QUICK, option, "/dev/null")
+        assert "cannot write" in refused(capsys, *QUICK, option, tmp_path / "no" / "file")
+    assert "files of their own" in refused(capsys, *QUICK, "--json", tmp_path / "both", "--svg", tmp_path / "both")
+    assert "is not a file" in refused(capsys, *QUICK, "--json", "/")
+    assert prompts.read_text() == "What does re.split do?\n" and not os.path.isfile("/dev/null")
+    line = " ".join([*command(*QUICK, "--limit", 1, "--json", tmp_path / "both"), ">", str(tmp_path / "both")])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "is not a file that can be replaced" in done.stderr  # where the report goes
+    earlier, link = write(tmp_path / "earlier.json", {}), tmp_path / "link.json"
+    link.symlink_to(earlier)
+    refused(capsys, *QUICK, "--prompts", tmp_path / "none.txt", "--json", link)
+    assert earlier.read_text() == "{}\n"  # until there is something to write
+    assert run(*QUICK, "--prompts", prompts, "--json", link) == 0
+    assert link.is_symlink() and json.loads(earlier.read_text())["complete"] is True
+
+
+# While it runs, and when it stops
+
+
+def failing_at(word):
+    """The program's own loading, of a model that runs out of memory wherever it reads a word."""
+    load = sd.load_model
+    token = transformers.AutoTokenizer.from_pretrained(MAIN)(word)["input_ids"][-1]
+
+    def out_of_memory(module, arguments):
+        if (arguments[0] == token).any():
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def load_model(*arguments, **options):
+        model = load(*arguments, **options)
+        model.get_input_embeddings().register_forward_pre_hook(out_of_memory)
+        return model
+
+    return load_model
+
+
+def test_a_prompt_that_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+    path, out = tmp_path / "p.txt", tmp_path / "out.json"
+    path.write_text("What does list.sort do?\nWhat does zip do?\nWhat does re.split do?\n")
+    monkeypatch.setattr(sd, "load_model", failing_at("zip"))
+    assert run(*QUICK, "--prompts", path, "--json", out) == 1
+    printed = capsys.readouterr().out
+    assert "\n  2 What does zip do?\n    K = 3: CUDA out of memory.\n  3 What does re.split do?\n" in printed
+    report = json.loads(out.read_text())
+    first, failed, last = report["runs"][0]["prompts"]
+    assert failed["error"] == "CUDA out of memory." and failed["baseline"] is None is failed["speculative"]
+    assert failed["speedup_percent"] is failed["identical"] is failed["divergence"] is None
+    assert first["error"] is None is last["error"] and report["runs"][0]["summary"]["identical"] == 2
+    assert "All 2 outputs" in printed and report["complete"] is True
+
+
+def test_a_method_that_fails_costs_its_own_rows_only(tmp_path, capsys, monkeypatch):
+    """A model that runs out of memory in passes of 21 tokens: the verify passes of K = 20, and no others."""
+    load = sd.load_model
+
+    def out_of_memory(module, arguments):
+        if arguments[0].shape[1] == 21:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    def load_model(*arguments, **options):
+        model = load(*arguments, **options)
+        model.get_input_embeddings().register_forward_pre_hook(out_of_memory)
+        return model
+
+    monkeypatch.setattr(sd, "load_model", load_model)
+    path, out = write(tmp_path / "p.txt", "What does list.sort do?", "What does re.split do?"), tmp_path / "out.json"
+    assert run(*QUICK, "--prompts", path, "--draft-tokens", "20,3,auto", "--json", out) == 1
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    failed, fixed, auto = report["runs"]
+    assert 21 not in [prompt["prompt_tokens"] for prompt in fixed["prompts"]]
+    assert [prompt["error"] for prompt in failed["prompts"]] == ["CUDA out of memory."] * 2
+    assert failed["summary"] is None and failed["categories"] == {} and report["complete"] is True
+    for good in (fixed, auto):
+        assert [prompt["error"] for prompt in good["prompts"]] == [None, None]
+        assert all(prompt["baseline"]["new_tokens"] == 12 for prompt in good["prompts"])
+        assert good["summary"]["identical"] == 2 and good["summary"]["speedup_percent"] is not None
+    rows = r" {5,}12 .*\n    K = 20: CUDA out of memory\.\n    K = 3  .* yes\n    K = auto  .* yes\n"
+    assert len(re.findall(r"^    baseline" + rows, printed, re.MULTILINE)) == 2
+    assert re.search(r"^    mean\n    baseline .*\n    K = 3  .* 2/2\n    K = auto  .* 2/2\n", printed, re.MULTILINE)
+    assert "All 4 outputs are the main model's own" in printed
+
+
+def test_if_every_prompt_fails_nothing_can_be_said(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path / "p.txt", "What does zip do?")
+    monkeypatch.setattr(sd, "load_model", failing_at("zip"))
+    assert run(*QUICK, "--prompts", path) == 2
+    assert "no prompt could be decoded (CUDA out of memory.)" in capsys.readouterr().err
+
+
+def test_too_little_memory_for_measuring_costs_is_a_row_of_that_method(tmp_path, capsys, monkeypatch):
+    """Costs are measured behind a prompt of middle length; here the one that fails."""
+    lines = [
+        "What does re do?",
+        "What does the function zip do?",
+        "What does the built-in function sorted do in Python?",
+    ]
+    path, out = write(tmp_path / "p.txt", *lines), tmp_path / "out.json"
+    monkeypatch.setattr(sd, "load_model", failing_at("zip"))
+    assert run(*QUICK, "--prompts", path, "--draft-tokens", "3,auto", "--json", out) == 1
+    printed = capsys.readouterr().out
+    fixed, auto = json.loads(out.read_text())["runs"]
+    why = "what passes cost cannot be measured: CUDA out of memory."
+    assert [prompt["error"] for prompt in auto["prompts"]] == [why, "CUDA out of memory.", why]
+    assert auto["costs"] is None is auto["summary"] and printed.count(f"    K = auto: {why}\n") == 2
+    assert [prompt["error"] for prompt in fixed["prompts"]] == [None, "CUDA out of memory.", None]
+    assert fixed["summary"]["identical"] == 2 and "All 2 outputs are the main model's own" in printed
+
+
+def test_pairs_that_the_library_refuses_are_a_row_that_says_why(tmp_path, capsys, one_prompt):
+    """The same tokenizer, but vocabularies that are padded differently: ours runs, assisted generation does not."""
+    draft = transformers.AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32)
+    draft.resize_token_embeddings(2112)
+    draft.save_pretrained(tmp_path / "padded")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DRAFT / name, tmp_path / "padded" / name)
+    out = tmp_path / "out.json"
+    pair = ["--main", MAIN, "--draft", tmp_path / "padded", "--prompts", one_prompt, "--draft-tokens", 3]
+    assert run(*pair, "--compare", "transformers", "--max-new-tokens", 12, "--json", out) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    alone, assisted = report["compared"]
+    assert alone["method"] == "transformers' generate(), eager" and alone["summary"]["identical"] == 1
+    (refusal,) = [prompt["error"] for prompt in assisted["prompts"]]
+    assert "different tokenizers" in refusal and f" assist 3: {refusal} mean " in " ".join(printed.split())
+    assert assisted["summary"] is None and assisted["prompts"][0]["compared"] is None
+    assert report["runs"][0]["summary"]["identical"] == 1
+    assert "K = 3, eager" not in printed.partition("times as fast")[2]  # nothing is said of what did not run
+
+
+def test_closed_outputs_leave_no_traceback(tmp_path):
+    for closed in (">&-", "2>&-"):
+        out = tmp_path / "out.json"
+        line = " ".join([*command(*QUICK, "--limit", 1, "--max-new-tokens", 4, "--json", out), closed])
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0
+        assert "Traceback" not in done.stdout + done.stderr and "Exception" not in done.stdout + done.stderr
+        assert json.loads(out.read_text())["complete"] is True
+        assert bool(done.stdout) is (closed == "2>&-") and bool(done.stderr) is (closed == ">&-")
+        out.unlink()
+
+
+def test_a_reader_that_goes_away_leaves_no_traceback():
+    line = " ".join([*command(*QUICK, "--limit", 1), "| head -1; exit ${PIPESTATUS[0]}"])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_output_that_cannot_be_printed_is_one_line():
+    with open("/dev/full", "w") as full:
+        arguments = command(*QUICK, "--limit", 1)
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "error: cannot go on: No space left on device, where the report" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path, capsys):
+    """With a limit on the size of files, which is enough for the JSON of two prompts, but not of all."""
+    out = tmp_path / "out.json"
+    assert run(*QUICK, "--limit", 2, "--json", out) == 0
+    most = out.stat().st_size
+    out.unlink()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    arguments = command(*QUICK, "--json", out)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=100, preexec_fn=limit, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"^error: cannot write .*out.json: File too large", done.stderr, re.MULTILINE)
+    assert re.search(r"^ +mean$", done.stdout, re.MULTILINE) and "times as fast" in done.stdout
+    kept = json.loads(out.read_text())
+    assert 1 <= len(kept["runs"][0]["prompts"]) < 5 and kept["complete"] is False
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+
+
+def interrupted(out, row, *seconds):
+    """The program, interrupted after a row of its report, and again after some seconds; all that it printed and said.
+
+    `row`: a pattern of the line.
+    """
+    arguments = command("--demo", "--draft-tokens", 3, "--warmup", 0, "--json", out)
+    environment, pipe = os.environ | {"PYTHONUNBUFFERED": "1"}, subprocess.PIPE
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        printed = ""
+        while not re.search(row, printed, re.MULTILINE):
+            assert (line := process.stdout.readline())
+            printed += line
+        process.send_signal(signal.SIGINT)
+        for pause in seconds:
+            time.sleep(pause)
+            process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    return printed + rest, errors
+
+
+def test_control_c_reports_what_is_done(tmp_path):
+    out = tmp_path / "out.json"
+    printed, errors = interrupted(out, "^ +1 ")
+    assert "Interrupted after 1 of 5 prompts" in errors and "Only 1 of 5 prompts: a part of the result." in printed
+    assert re.search(r"^ +mean$", printed, re.MULTILINE) and "times as fast" in printed
+    report = json.loads(out.read_text())
+    (measured,) = report["runs"]
+    assert len(measured["prompts"]) == 1 and report["complete"] is False
+    assert measured["summary"]["identical"] == 1  # of what was measured, as the report has it
+
+
+@pytest.mark.parametrize("pause", [0.005, 0.01])
+def test_two_control_cs_end_it_as_one_does(tmp_path, pause):
+    out = tmp_path / "out.json"
+    printed, errors = interrupted(out, "^ +2 ", pause)
+    assert re.search(r"^Interrupted after [23] of 5 prompts\.$", errors, re.MULTILINE)
+    assert re.search(r"^ +mean$", printed, re.MULTILINE) and "times as fast" in printed
+    report = json.loads(out.read_text())
+    assert len(report["runs"][0]["prompts"]) in (2, 3) and report["complete"] is False
+
+
+# Terminals
+
+
+def in_a_terminal(columns, *arguments, environment=None):
+    """Run the program with a terminal of so many columns as its output; return what arrives there."""
+    parent, child = pty.openpty()
+    settings = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color"} | (environment or {})
+    with subprocess.Popen(command(*arguments), stdin=child, stdout=child, stderr=child, env=settings) as process:
+        os.close(child)
+        seen = b""
+        while True:
+            try:
+                seen += (chunk := os.read(parent, 65536))
+            except OSError:
+                break
+            if not chunk:
+                break
+        assert process.wait(60) == 0
+    os.close(parent)
+    return seen.decode()
+
+
+def report_in(seen):
+    """The report's lines in what a terminal was sent: without colours, cursor movements and progress."""
+    lines = [
+        re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).split("\r")[-1] for line in seen.replace("\r\n", "\n").split("\n")
+    ]
+    return [line for line in lines if not line.startswith(("Loading", "prompt 1: ", "prompt 2: "))]
+
+
+def test_in_a_terminal_of_80_columns():
+    seen = in_a_terminal(80, *QUICK, "--limit", 1, "--show-text", "--draft-tokens", "2,auto")
+    assert "prompt 1: K = 2" in seen and "\x1b[" in seen  # progress, and colours
+    report = report_in(seen)
+    assert max(map(len, report)) <= 80
+    mean = report.index("    mean")
+    assert re.fullmatch(r"    baseline +12( +[\d.]+){3} *", report[mean + 1])  # no figure is cut or wrapped
+    for label, row in zip(("2", "auto"), report[mean + 2 : mean + 4], strict=True):
+        columns = r" +12( +[\d.]+){3} +[+-]\d+ % +\d+ % +\d\.\d\d +-\d+\.\d+ +yes"
+        assert re.fullmatch(rf"    K = {label}{columns}", row)
+    (headings,) = [line for line in report if line.startswith("By draft length")]
+    assert re.fullmatch(r"By draft length +tok/s +faster +decode +predicted +length +α +c +v", headings)
+    of_lengths = r"  K = \w+ +[\d.]+ +[+-]\d+ % +[+-]\d+ % +([+-]\d+ %|–) +\d\.\d\d( +\d+\.\d+){3}"
+    assert sum(bool(re.fullmatch(of_lengths, line)) for line in report) == 2
+
+
+def test_in_a_terminal_of_50_columns_the_table_is_a_list():
+    seen = in_a_terminal(50, *QUICK, "--limit", 2, "--draft-tokens", "2,auto")
+    report = report_in(seen)
+    assert max(map(len, report)) <= 50
+    text = " ".join(" ".join(report).split())
+    values = r"tokens 12, s [\d.]+, TTFT [\d.]+, tok/s [\d.]+"
+    more = r", faster [+-]\d+ %, accept \d+ %, length \d\.\d\d, log-l\. -\d+\.\d+, same "
+    assert len(re.findall(rf" baseline[:,] {values}(?!,)", text)) == 3  # two prompts, and the mean
+    for label in ("2", "auto"):
+        assert len(re.findall(rf" K = {label}[:,] {values}{more}yes", text)) == 2
+        assert len(re.findall(rf" K = {label}[:,] {values}{more}2/2", text)) == 1
+        summary = r"faster [+-]\d+ %, decode [+-]\d+ %, predicted ([+-]\d+ %|–), length \d\.\d\d, α \d"
+        assert re.search(rf" K = {label}[:,] tok/s [\d.]+, {summary}", text)
+
+
+def test_a_dumb_terminal_gets_rows_without_blank_lines():
+    seen = in_a_terminal(100, *QUICK, "--limit", 2, environment={"TERM": "dumb"})
+    assert "\x1b" not in seen and "prompt 1: " not in seen  # no progress: it could not be taken back
+    lines = seen.replace("\r\n", "\n").split("\n")
+    first, last = (
+        next(i for i, line in enumerate(lines) if line.startswith(start)) for start in ("  # prompt", "    mean")
+    )
+    assert [" ".join(line.split()[:1]) for line in lines[first:last]] == [
+        "#",
+        "1",
+        "baseline",
+        "K",
+        "2",
+        "baseline",
+        "K",
+    ]
+
+
+def test_no_color_is_respected():
+    seen = in_a_terminal(100, *QUICK, "--limit", 1, "--show-text", environment={"NO_COLOR": "1"})
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", seen)
+    assert "«the main model's own, after a rejection»" in seen
+
+
+# Text from outside is data
 
 HOSTILE = [
     "\x1b[2J\x1b]0;owned\x07 clear the screen",
@@ -368,80 +519,68 @@ def test_hostile_prompts_do_not_reach_the_terminal(tmp_path, capsys):
     assert not re.search(r"[^\n -~]", out.read_text())  # escaped, all of it
 
 
+def test_hostile_names_and_categories_do_not_reach_the_terminal(tmp_path, capsys):
+    """Folders and categories with escapes in their names: in the report, in a refusal, in an option."""
+    folder = tmp_path / "ma\x1b[2Jin"
+    shutil.copytree(MAIN, folder)
+    path = write(tmp_path / "p.jsonl", {"prompt": "What does zip do?", "category": "\x1b]0;owned\x07[bold]x"})
+    assert run("--main", folder, "--draft", DRAFT, "--prompts", path, *QUICK[1:]) == 0
+    assert run("--main", tmp_path / "no\x1b[2J", "--draft", DRAFT, "--prompts", path) == 2
+    with pytest.raises(SystemExit):
+        run("--draft-tokens", "\x1b[2J")
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed and "\x07" not in printed
+    assert "ma�[2Jin" in printed and "�]0;owned�[bold]x" in printed and "no�[2J" in printed
+
+
 def test_plain():
     assert sd.plain("a\tb\r\nc\x1b[31m\u202e\ue000") == "a b c�[31m��"
     assert sd.plain("é 日本 שלום 🙂") == "é 日本 שלום 🙂"
     assert sd.safe("a\n  b\u2028c\r\x07") == "a\n  b�c��"
 
 
-def test_figures():
-    values = {
-        0.01234: "0.012",
-        0.5: "0.500",
-        3.14159: "3.14",
-        42.42: "42.4",
-        1234.5: "1234",
-        -7.654: "-7.65",
-        0: "0.000",
-    }
-    assert {value: sd.figure(value) for value in values} == values
-    assert sd.figure(None) == sd.percent(None) == "–"
-    assert (sd.percent(12.4, "+"), sd.percent(-12.6, "+"), sd.percent(71.9)) == ("+12 %", "-13 %", "72 %")
-    assert math.isclose(sd.ratio(1, 4), 0.25)
+# More than one process
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_the_table_fits_the_terminal(width):
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    slow = {"new_tokens": 99999, "latency_s": 12345.6, "tokens_per_s": 8.1}
-    rates = {"acceptance_rate": 1.0, "log_likelihood_per_token": -12.345}
-    report = {"baseline": slow, "speculative": slow | rates, "speedup_percent": 1234.5, "identical": True}
-    report["error"] = None
-    sd.print_headings(console)
-    sd.print_reports(console, "123", "A prompt of some length that must be cut", {"K = 3": report})
-    *_, headings, row = console.file.getvalue().splitlines()
-    assert len(row) <= width and len(headings) <= width
-    assert row.endswith(" 99999  12346   8.10  12346   8.10 +1234 %  100 %  -12.3     yes")
+def launched(*arguments, **options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    arguments = list(map(str, [*launcher, PROGRAM, *arguments]))
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_control_c_reports_what_is_done(tmp_path):
+def texts_of(path):
+    (measured,) = json.loads(path.read_text())["runs"]
+    return [(prompt["prompt"], prompt["speculative"]["token_ids"]) for prompt in measured["prompts"]]
+
+
+def test_two_processes_give_what_one_gives(tmp_path, capsys):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    sampled = ["--temperature", 0.9]  # what is drawn depends on the prompt, not on the process
+    assert run(*QUICK, *sampled, "--json", one) == 0
+    with launched(*QUICK, *sampled, "--json", two) as process:
+        printed, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert texts_of(one) == texts_of(two) and len(texts_of(two)) == 5
+    assert printed.count("Speculative decoding: does the draft pay?") == 1  # one process prints
+    assert re.findall(r"^ +([1-5]) What|^ +(5) Explain", printed, re.MULTILINE)
+    assert [int(row) for row in re.findall(r"^ +(\d) \S", printed, re.MULTILINE)] == [1, 2, 3, 4, 5]
+    assert "in each of 2 processes" in printed
+    assert json.loads(two.read_text())["environment"]["processes"] == 2
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     out = tmp_path / "out.json"
-    options = ["--demo", "--draft-tokens", "3", "--warmup", "0", "--json", out]
-    command = [sys.executable, ROOT / "speculative_decoding.py", *options]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        printed = ""
-        while not re.search(r"^ +1 ", printed, re.MULTILINE):
-            printed += process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors and "Interrupted after 1 of 5 prompts" in errors
-    assert re.search(r"^ +mean ", rest, re.MULTILINE) and "times as fast" in rest
-    assert len(json.loads(out.read_text())["runs"][0]["prompts"]) == 1
-
-
-def test_pairs_that_the_library_refuses_are_compared_with_generate_alone(tmp_path, capsys, one_prompt):
-    """The same tokenizer, but vocabularies that are padded differently: ours runs, assisted generation would not."""
-    draft = transformers.AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32)
-    draft.resize_token_embeddings(2112)
-    draft.save_pretrained(tmp_path / "padded")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(DRAFT / name, tmp_path / "padded" / name)
-    out = tmp_path / "out.json"
-    pair = ["--main", MAIN, "--draft", tmp_path / "padded", "--prompts", one_prompt, "--draft-tokens", 3]
-    assert run(*pair, "--compare", "transformers", "--max-new-tokens", 12, "--json", out) == 0
-    assert "refuses this pair" in (said := capsys.readouterr().err) and "2,048 and 2,112" in said
-    report = json.loads(out.read_text())
-    assert [other["method"] for other in report["compared"]] == ["transformers' generate()"]
-    assert report["runs"][0]["summary"]["identical"] == 1
-
-
-def test_a_chat_template_that_fails_is_one_line(tmp_path, capsys, one_prompt):
-    for name, folder in (("main", MAIN), ("draft", DRAFT)):
-        shutil.copytree(folder, tmp_path / name)
-        (tmp_path / name / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
-    pair = ["--main", tmp_path / "main", "--draft", tmp_path / "draft", "--prompts", one_prompt]
-    assert "cannot put prompt 1 into the chat template: no such role; --no-chat" in refused(capsys, *pair)
+    with launched("--demo", "--warmup", 0, "--draft-tokens", 3, "--repeats", 2, "--json", out) as process:
+        while not (out.exists() and json.loads(out.read_text())["runs"][0]["prompts"]):
+            assert process.poll() is None
+            time.sleep(0.1)
+        workers = [
+            child for child in psutil.Process(process.pid).children() if PROGRAM.name in " ".join(child.cmdline())
+        ]
+        second = next(child for child in workers if child.environ()["RANK"] == "1")
+        second.send_signal(signal.SIGKILL)
+        printed, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "cannot hear from the other processes" in said or "Interrupted after" in said
+    assert re.search(r"^ +mean$", printed, re.MULTILINE)  # what was measured is reported
+    assert len(texts_of(out)) >= 2

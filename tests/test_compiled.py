@@ -1,29 +1,49 @@
-"""Compiled decoding on the CPU: the same tokens, and nothing is compiled anew once all steps are."""
-
-import functools
+"""Compiled decoding on the CPU: the same tokens, no steps but those asked for, and whole graphs in fixed memory."""
 
 import pytest
 import torch
-from conftest import alone, ids_of, like, make_model, speculate
+from conftest import baseline, counts_of, like, make_model, prompt_of, speculate
+from torch._dynamo.utils import counters
+from torch._inductor import config, cudagraph_utils
 
 import speculative_decoding as sd
 
 PROMPTS = [[5, 9, 13, 2, 40], [3], [7, 8], list(range(1, 31)), [11] * 12]  # of 1 to 30 tokens: a window is 8 long
 NEW = 20
+CAPACITY = max(map(len, PROMPTS)) + NEW + 17
+CHEAP = {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 5: 1.2}}
+DEAR = {"draft_pass_s": {1: 1.2, 2: 1.2}, "main_pass_s": {1: 1.0, 5: 1.2}}  # a draft that never pays
 
 
-def compiled(model, rule, *steps):
-    cached = sd.CachedModel(model)
-    cached.fix_size(max(map(len, PROMPTS)) + NEW + 5)
-    for choose, tokens, last in steps:
-        cached.compile(choose, tokens, rule.uniform(1) if last else None, last)
+def compiled(model, sampler, *steps):
+    cached = sd.CompiledModel(model, None, None, CAPACITY)
+    for head, tokens, logits_to_keep in steps:
+        cached.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
     return cached
 
 
-def compiled_pair(rule):
+def compiled_pair(sampler):
     model = make_model("gemma2")
-    main = compiled(model, rule, (rule.next_token, 1, 1), (rule.judge, 1, 0), (rule.judge, 5, 0))
-    return model, like(model, 0.05), main, compiled(like(model, 0.05), rule, (rule.guess, 1, 1), (rule.guess, 2, 1))
+    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0))
+    draft = compiled(like(model, 0.05), sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
+    return model, like(model, 0.05), main.limited_to((5,)), draft
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were traced, which are then run by Python: quicker to make than those that are compiled."""
+    traced, compile_for_real = [], torch.compile
+
+    def keep(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    def trace(function, options, **how):  # all that the program asks for, but for CUDA graphs
+        unguarded = {"guard_filter_fn": options["guard_filter_fn"]}
+        return compile_for_real(function, backend=keep, options=unguarded, **how)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    return traced
 
 
 def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
@@ -32,55 +52,220 @@ def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
     The program drops the compiler's guards; here they are kept, so that one that would ask for compiling anew is seen.
     """
     monkeypatch.setattr(torch.compiler, "skip_all_guards_unsafe", lambda guards: [True] * len(guards))
-    rule = sd.Greedy()
-    model, draft_model, main, draft = compiled_pair(rule)
-    storage = [layer.keys.data_ptr() for layer in main.cache.layers]
-    chooser = sd.AutoLength(4, {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 5: 1.2}})
+    sampler = sd.Greedy()
+    model, draft_model, main, draft = compiled_pair(sampler)
+
+    def memory():
+        return [part.data_ptr() for layer in main.cache.layers for part in (layer.keys, layer.cumulative_length)]
+
+    storage = memory()
+    auto, resting = sd.AutoLength(CHEAP, longest=4), sd.AutoLength(DEAR, longest=4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in PROMPTS:
-            expected = alone(model, prompt, NEW).token_ids
-            assert alone(main, prompt, NEW).token_ids == expected
-            fixed, padded, auto = (speculate(main, draft, prompt, length, NEW) for length in (4, 2, chooser))
-            assert fixed.token_ids == padded.token_ids == auto.token_ids == expected
-            reference = speculate(model, draft_model, prompt, 2, NEW)
-            assert padded.rounds == reference.rounds
+            expected = baseline(model, prompt, NEW).token_ids
+            assert baseline(main, prompt, NEW).token_ids == expected
+            runs = [speculate(main, draft, prompt, length, NEW) for length in (4, 2, auto, resting)]
+            assert [run.token_ids for run in runs] == [expected] * 4
+            reference, padded = speculate(model, draft_model, prompt, 2, NEW), runs[1]
+            assert counts_of(padded) == counts_of(reference)
             assert padded.log_likelihood == pytest.approx(reference.log_likelihood, rel=1e-4)
-    assert storage == [layer.keys.data_ptr() for layer in main.cache.layers]  # no new storage between prompts
+    assert storage == memory()  # no new storage between prompts
 
 
-def test_drawing_can_be_compiled_too(monkeypatch):
-    """The same draws as eagerly, with the graphs as they are traced, run by Python: quicker to make. Without guards."""
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    trace = functools.partial(torch.compile, backend=keep, fullgraph=True, dynamic=False, options=unguarded)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: trace(function, isolate_recompiles=True))
-    rule = sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
-    model, draft_model, main, draft = compiled_pair(rule)
-    assert len(graphs) == 5
+def test_drawing_can_be_compiled_too(graphs):
+    """The same draws as eagerly, with the graphs as they are traced. Without guards."""
+    sampler = sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
+    model, draft_model, main, draft = compiled_pair(sampler)
+    assert len(graphs) == 4
     assert not any(weight.requires_grad for weight in model.parameters())  # or graphs would keep what training needs
     for number, prompt in enumerate(PROMPTS):
         for k in (4, 2):
-            expected = speculate(model, draft_model, prompt, k, NEW, rule=rule, number=number)
-            result = speculate(main, draft, prompt, k, NEW, rule=rule, number=number)
-            assert (result.token_ids, result.rounds) == (expected.token_ids, expected.rounds)
-        baseline = alone(main, prompt, NEW, rule=rule, number=number).token_ids
-        assert baseline == alone(model, prompt, NEW, rule=rule, number=number).token_ids
-    assert len(graphs) == 5  # one for each kind of step and number of tokens, and none since
+            expected = speculate(model, draft_model, prompt, k, NEW, sampler=sampler, number=number)
+            result = speculate(main, draft, prompt, k, NEW, sampler=sampler, number=number)
+            assert (result.token_ids, counts_of(result)) == (expected.token_ids, counts_of(expected))
+        own = baseline(main, prompt, NEW, sampler=sampler, number=number).token_ids
+        assert own == baseline(model, prompt, NEW, sampler=sampler, number=number).token_ids
+    assert len(graphs) == 4  # one for each kind of step and number of tokens, and none since
 
 
 def test_compiled_steps_round_differently_and_that_is_a_tie():
-    """In bfloat16 what is compiled rounds less often: the noise is that of the steps that ran, or ties look wrong."""
+    """In bfloat16 what is compiled rounds less often: where that flips a token, both outputs are the main model's."""
     model = make_model("llama", dtype=torch.bfloat16)
-    rule = sd.Greedy()
-    main = compiled(model, rule, (rule.next_token, 1, 1))
+    sampler = sd.Greedy()
+    main = compiled(model, sampler, (sampler.sample, 1, 1))
     kinds = []
     for first in range(1, 40):
-        ours, own = (alone(one, [first, 7], NEW).token_ids for one in (main, model))
-        if divergence := sd.find_divergence(main, ids_of([first, 7]), own, ours):
+        ours, own = (baseline(one, [first, 7], NEW).token_ids for one in (main, model))
+        if divergence := sd.find_divergence(main, [first, 7], own, ours):
             kinds.append(divergence.kind)
     assert len(kinds) >= 5 and set(kinds) == {"tie"}
+
+
+# Which steps are compiled, and which of them run.
+
+LADDER = {2, 3, 5, 9, 16}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "widths"),
+    [
+        ((2,), {3}),
+        ((15,), {16}),
+        ((1, 5), {2, 6}),
+        (("auto",), LADDER),
+        ((2, 8, "auto"), LADDER),  # 3 and 9 are on the ladder
+        ((3, "auto", 7), LADDER | {4, 8}),
+    ],
+)
+def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths, widths):
+    model, sampler, announced = make_model("llama"), sd.Greedy(), []
+    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
+    sd.compile_steps(main, sd.ModelDraft(draft, sampler), sampler, lengths, announced.append)
+    assert set(main.steps) == {("sample", 1), *(("score", width) for width in widths)}
+    assert set(draft.steps) == {("sample_draft", 1), ("sample_draft", 2)}
+    assert len(graphs) == len(announced) == len(widths) + 3
+    without_model = sd.CompiledModel(model, None, None, CAPACITY)
+    sd.compile_steps(without_model, sd.NgramDraft(main.device), sampler, lengths, announced.append)
+    assert set(without_model.steps) == set(main.steps)
+
+
+def note_steps(model):
+    """A list that grows by the head's name and the number of tokens of each compiled step that runs."""
+    ran = []
+
+    def noting(key, step):
+        def run(*inputs):
+            assert inputs[0].shape == (1, key[1])
+            ran.append(key)
+            return step(*inputs)
+
+        return run
+
+    for key, step in list(model.steps.items()):
+        model.steps[key] = noting(key, step)
+    return ran
+
+
+class Scripted(sd.FixedLength):
+    """Drafts 0, 1, 2, … tokens in the rounds, up to a limit, and from 0 on again."""
+
+    rounds = 0
+
+    def wants_another(self, confidences):
+        return len(confidences) < self.rounds % (self.draft_tokens + 1)
+
+    def learn(self, drafted, accepted):
+        self.rounds += 1
+
+
+def test_a_pass_is_padded_to_the_next_width_of_its_own_method(graphs):
+    """With auto, to the next step of the ladder; with a fixed K, to K + 1, whatever else is compiled in that run."""
+    model, sampler = make_model("llama"), sd.Greedy()
+    draft_model = like(model, 0.03)
+    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, draft_model))
+    helper, lookup = sd.ModelDraft(draft, sampler), sd.NgramDraft(main.device)
+    sd.compile_steps(main, helper, sampler, (3, 5, "auto"), lambda line: None)
+    compiled_graphs = len(graphs)
+    of_main, of_draft = note_steps(main), note_steps(draft)
+    methods = {method.label: method for method in sd.our_methods(main, helper, sampler, (3, 5, "auto"), prompt_of([3]))}
+    assert sd.our_methods(main, lookup, sampler, (3,), prompt_of([3]))[1].label == "K = 3"
+    for number, ids in enumerate(PROMPTS):
+        prompt, expected = prompt_of(ids, number, NEW), baseline(model, ids, NEW).token_ids
+        for label, width in (("baseline", None), ("K = 3", 4), ("K = 5", 6)):
+            of_main.clear(), of_draft.clear()
+            result = methods[label].decode(prompt)
+            assert result.token_ids == expected
+            assert of_main == [("score", width) if width else ("sample", 1)] * (len(result.rounds) or NEW - 1)
+            rounds = [("sample_draft", 2), *[("sample_draft", 1)] * (width - 2)] * len(result.rounds) if width else []
+            assert of_draft == rounds
+        # Without a model, a round with K = 3 drafts 0 to 3 tokens, in a pass of 4, or none and takes a step.
+        of_main.clear()
+        result = sd.our_methods(main, lookup, sampler, (3,), prompt)[1].decode(prompt)
+        assert result.token_ids == expected
+        assert of_main == [("score", 4) if drafted else ("sample", 1) for drafted, _ in counts_of(result)]
+        # With auto, any number.
+        of_main.clear()
+        result = speculate(main.limited_to(sd.verify_widths("auto")), draft, ids, Scripted(15), NEW)
+        eager = speculate(model, draft_model, ids, Scripted(15), NEW)
+        assert result.token_ids == expected and counts_of(result) == counts_of(eager)
+        assert result.log_likelihood == pytest.approx(eager.log_likelihood, rel=1e-4)
+        padded = [min(width for width in LADDER if width > drafted) for drafted, _ in counts_of(result)]
+        drafting = [drafted > 0 for drafted, _ in counts_of(result)]
+        passes = zip(drafting, padded, strict=True)
+        assert of_main == [("score", width) if drafts else ("sample", 1) for drafts, width in passes]
+        # As the program runs it.
+        of_main.clear()
+        result = methods["K = auto"].decode(prompt)
+        assert result.token_ids == expected
+        assert {width for head, width in of_main if head == "score"} <= LADDER
+        assert len(of_main) == len(result.rounds)
+    assert len(graphs) == compiled_graphs
+
+
+# What a CUDA graph needs.
+
+
+def test_a_model_that_breaks_the_graph_is_not_compiled(graphs):
+    """A step of two graphs, without guards, would be wrong. OPT's positions make it one."""
+    sampler = sd.Greedy()
+    main = sd.CompiledModel(make_model("opt"), None, None, CAPACITY)
+    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+        main.compile(sampler.sample, 1, None, 1)
+    assert graphs == []
+
+
+class Recorded(cudagraph_utils.CUDAGraphPolicy):
+    """Notes each graph that inductor would make a CUDA graph of, and runs it as it is."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __deepcopy__(self, memo):  # torch.compile copies the whole configuration
+        return self
+
+    def should_wrap(self, graph):
+        graph.device_idxs.add(0)  # the CPU has none
+        return True
+
+    def cudagraphify(self, model, example_inputs, static_input_idxs, **how):
+        static, mutated = set(static_input_idxs), set(how["mutated_input_idxs"])
+        copied = [part for place, part in enumerate(example_inputs) if place not in static]
+        self.graphs.append((static, mutated, sorted((str(part.dtype), tuple(part.shape)) for part in copied)))
+        return model
+
+
+def check_graphs(model, sampler, steps, monkeypatch):
+    """Compile steps as on a GPU: each must be one graph whose memory is fixed, but for token ids and a random number.
+
+    On the CPU, with all that inductor decides before it would record a CUDA graph; only that last step is left out.
+    """
+    counters.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", lambda nodes: None)
+    policy = Recorded()
+    with config.patch(cudagraph_policy=policy, force_disable_caches=True):  # in these, other tests keep their graphs
+        compiled(model, sampler, *steps)
+    assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["graph_break"]
+    assert len(policy.graphs) == len(steps)  # one graph for each step
+    for (static, mutated, copied), (_, tokens, logits_to_keep) in zip(policy.graphs, steps, strict=True):
+        assert len(mutated) >= 6  # keys, values and the length of each of two layers
+        assert mutated <= static  # or: "skipping cudagraphs due to mutated inputs"
+        random = [("torch.float32", (1,))] if logits_to_keep and isinstance(sampler, sd.Sampling) else []
+        assert copied == [*random, ("torch.int64", (1, tokens))]  # and no weights, and no cache
+
+
+def heads(sampler):
+    return (sampler.sample, 1, 1), (sampler.score, 5, 0), (sampler.sample_draft, 2, 1)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+@pytest.mark.parametrize("sampler", [sd.Greedy(), sd.Sampling(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+def test_each_step_is_one_cuda_graph_that_copies_nothing_but_tokens(family, sampler, monkeypatch):
+    check_graphs(make_model(family), sampler, heads(sampler), monkeypatch)
+
+
+def test_a_cache_whose_memory_could_move_would_be_seen(monkeypatch):
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor, guard=False: None)
+    sampler = sd.Greedy()
+    with pytest.raises(AssertionError, match="<="):
+        check_graphs(make_model("llama"), sampler, [(sampler.sample, 1, 1)], monkeypatch)

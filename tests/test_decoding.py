@@ -1,10 +1,24 @@
-"""The loops: exact on every architecture and at every edge, their invariant kept, their figures right."""
+"""The two loops: exact on every architecture and at every edge, their invariant kept, their figures right."""
 
-import math
+import statistics
+import time
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, alone, always_wrong, ids_of, like, make_model, prompt_of, speculate
+import transformers
+from conftest import (
+    FAMILIES,
+    SHAPE,
+    VOCABULARY,
+    always_wrong,
+    baseline,
+    counts_of,
+    ids_of,
+    like,
+    make_model,
+    prompt_of,
+    speculate,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,15 +28,15 @@ PROMPT = [5, 9, 13, 2, 40]
 
 
 class Watched(sd.CachedModel):
-    """Notes how many tokens it has read whenever a round ends, and how many it reads in each pass."""
+    """Notes how many tokens its cache holds whenever a round ends, and how many it reads in each pass."""
 
-    def new_text(self, rolls_back=True):
-        super().new_text(rolls_back)
+    def reset(self, rolls_back=True):
+        super().reset(rolls_back)
         self.noted, self.passes = [], []
 
-    def read(self, ids, last=0):
+    def forward(self, ids, logits_to_keep=0):
         self.passes.append(ids.shape[1])
-        return super().read(ids, last)
+        return super().forward(ids, logits_to_keep)
 
     def roll_back(self, tokens):
         super().roll_back(tokens)
@@ -33,9 +47,11 @@ def check(main, draft, prompt, new, end, k):
     """Decode speculatively; assert that the text is the baseline's, the invariant after every round, and the shapes."""
     watched, helper = Watched(main), Watched(draft)
     result = speculate(watched, helper, prompt, k, new, end)
-    assert result.token_ids == alone(main, prompt, new, end).token_ids
+    assert result.token_ids == baseline(main, prompt, new, end).token_ids
     text = len(prompt) + 1
-    for (drafted, accepted), main_length, draft_length in zip(result.rounds, watched.noted, helper.noted, strict=True):
+    for (drafted, accepted), main_length, draft_length in zip(
+        counts_of(result), watched.noted, helper.noted, strict=True
+    ):
         assert drafted == k and 0 <= accepted <= k
         text += accepted + 1
         assert (main_length, draft_length) == (text - 1, text - 2)
@@ -45,18 +61,55 @@ def check(main, draft, prompt, new, end, k):
     return result
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_exact_and_agrees_with_generate(family):
-    main = make_model(family)
+def check_family(main):
+    """The baseline is the library's greedy text; speculative decoding is exact with good, perfect and bad drafts."""
     expected = main.generate(ids_of(PROMPT), max_new_tokens=32, do_sample=False, pad_token_id=0)[0, len(PROMPT) :]
-    assert alone(main, PROMPT).token_ids == expected.tolist()
+    assert baseline(main, PROMPT).token_ids == expected.tolist()
     assert len(set(expected.tolist())) > 1  # a varied text, or the test says little
     for k in (1, 3, 8):
         check(main, like(main, 0.05), PROMPT, 32, set(), k)
     right = check(main, main, PROMPT, 32, set(), 4)
-    assert all(accepted == 4 for _, accepted in right.rounds)
+    assert all(accepted == 4 for _, accepted in counts_of(right))
     wrong = check(main, always_wrong(main), PROMPT, 8, set(), 4)
-    assert all(accepted == 0 for _, accepted in wrong.rounds) and len(wrong.rounds) == 7
+    assert all(accepted == 0 for _, accepted in counts_of(wrong)) and len(wrong.rounds) == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact_and_agrees_with_generate(family):
+    check_family(make_model(family))
+
+
+GEMMA4_SHAPE = SHAPE | {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+GEMMA4 = {
+    "dense": {},
+    "layers that share keys and values, wide and soft-capped, as E2B": {
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
+    "keys that are values, as 31B": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "experts, as 26B-A4B": EXPERTS | {"hidden_size_per_layer_input": 0},
+}
+
+
+@pytest.mark.parametrize("kind", GEMMA4)
+def test_gemma_4_is_exact_and_agrees_with_generate(monkeypatch, kind):
+    config = transformers.Gemma4TextConfig(**GEMMA4_SHAPE | GEMMA4[kind])
+    monkeypatch.setitem(FAMILIES, "gemma4", lambda: config)
+    main = make_model("gemma4")
+    kinds = {type(layer).__name__ for layer in sd.CachedModel(main).cache.layers}
+    shared = {"DummyLayer"} if "share" in kind else set()
+    assert kinds == {"DynamicSlidingWindowLayer", "DynamicLayer"} | shared
+    check_family(main)
 
 
 PAIRS = {
@@ -84,24 +137,24 @@ def test_exact_for_any_prompt_limit_end_and_draft_length(pair, prompt, new, end,
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_the_end_of_text_at_every_place_of_a_round(gemma2, noise, k):
     draft = like(gemma2, noise)
-    whole = alone(gemma2, PROMPT, 24).token_ids
+    whole = baseline(gemma2, PROMPT, 24).token_ids
     places = set()
     for index in range(24):
         if whole[index] in whole[:index]:
             continue  # the text would end earlier
         result = check(gemma2, draft, PROMPT, 24, {whole[index]}, k)
         assert result.token_ids == whole[: index + 1]
-        before = 1 + sum(accepted + 1 for _, accepted in result.rounds[:-1])
-        places.add((index - before, result.rounds[-1][1]) if result.rounds else "prefill")
+        before = 1 + sum(accepted + 1 for _, accepted in counts_of(result)[:-1])
+        places.add((index - before, result.rounds[-1].accepted) if result.rounds else "prefill")
     assert "prefill" in places
-    if noise == 0:  # every place of a round that is right throughout, from the first drafted token to the bonus token
+    if noise == 0:  # every place of a round whose tokens are all accepted, from the first draft token to the bonus one
         assert {(place, k) for place in range(k + 1)} <= places
     else:  # a correction
         assert any(place != "prefill" and place[0] == place[1] < k for place in places)
 
 
 def test_the_limit_cuts_a_round_anywhere(gemma2):
-    whole = alone(gemma2, PROMPT, 24).token_ids
+    whole = baseline(gemma2, PROMPT, 24).token_ids
     for new in range(1, 24):
         assert check(gemma2, gemma2, PROMPT, new, set(), 4).token_ids == whole[:new]
 
@@ -114,15 +167,15 @@ def test_a_prompt_of_one_token(llama):
 def test_the_models_can_be_used_again_for_another_text(gemma2):
     main, draft = sd.CachedModel(gemma2), sd.CachedModel(like(gemma2, 0.05))
     for prompt in (PROMPT, [3], PROMPT * 4, PROMPT):
-        assert speculate(main, draft, prompt, 3, 20).token_ids == alone(gemma2, prompt, 20).token_ids
+        assert speculate(main, draft, prompt, 3, 20).token_ids == baseline(gemma2, prompt, 20).token_ids
 
 
 def test_only_the_shared_vocabulary_is_ever_chosen(gemma2):
-    cut = max(alone(gemma2, PROMPT).token_ids)  # this token can no longer be written
+    cut = max(baseline(gemma2, PROMPT).token_ids)  # this token can no longer be generated
     main, draft = sd.CachedModel(gemma2, cut), sd.CachedModel(like(gemma2, 0.05), cut)
     result = speculate(main, draft, PROMPT, 3)
     assert max(result.token_ids) < cut
-    assert result.token_ids == alone(main, PROMPT).token_ids
+    assert result.token_ids == baseline(main, PROMPT).token_ids
 
 
 # Every figure, by an independent reference: no cache, each logit from a pass over the whole text.
@@ -134,7 +187,7 @@ def logits_of(model, tokens):
 
 
 def reference(main, draft, prompt, new, end, k):
-    """Token ids, (drafted, accepted) of each round, and the sum of the drafted tokens' log-likelihoods."""
+    """Token ids, (drafted, accepted) of each round, and the sum of the draft tokens' log-likelihoods."""
     text = prompt + [logits_of(main, prompt)[-1].argmax().item()]
     rounds, log_likelihood = [], 0.0
 
@@ -144,16 +197,16 @@ def reference(main, draft, prompt, new, end, k):
         return written[: min(ends)] if len(written) >= min(ends) else None
 
     while complete() is None:
-        guesses = []
+        draft_ids = []
         for _ in range(k):
-            guesses.append(logits_of(draft, text + guesses)[-1].argmax().item())
-        logits = logits_of(main, text + guesses)[len(text) - 1 :]
+            draft_ids.append(logits_of(draft, text + draft_ids)[-1].argmax().item())
+        logits = logits_of(main, text + draft_ids)[len(text) - 1 :]
         log_probabilities = logits.double().log_softmax(-1)
-        log_likelihood += sum(log_probabilities[i, guess].item() for i, guess in enumerate(guesses))
+        log_likelihood += sum(log_probabilities[i, token].item() for i, token in enumerate(draft_ids))
         accepted = 0
-        while accepted < k and guesses[accepted] == logits[accepted].argmax().item():
+        while accepted < k and draft_ids[accepted] == logits[accepted].argmax().item():
             accepted += 1
-        text += guesses[:accepted] + [logits[accepted].argmax().item()]
+        text += draft_ids[:accepted] + [logits[accepted].argmax().item()]
         rounds.append((k, accepted))
     return complete(), rounds, log_likelihood
 
@@ -163,11 +216,11 @@ def reference(main, draft, prompt, new, end, k):
 def test_every_figure_against_a_cacheless_reference(family, noise, k):
     main = make_model(family)
     draft = like(main, noise)
-    whole = alone(main, PROMPT, 29).token_ids
+    whole = baseline(main, PROMPT, 29).token_ids
     end = {max(whole, key=whole.index)}  # the one that comes latest
     tokens, rounds, log_likelihood = reference(main, draft, PROMPT, 29, end, k)
     result = speculate(main, draft, PROMPT, k, 29, end)
-    assert (result.token_ids, result.rounds) == (tokens, rounds)
+    assert (result.token_ids, counts_of(result)) == (tokens, rounds)
     assert result.log_likelihood == pytest.approx(log_likelihood, rel=1e-4)
 
     figures = sd.acceptance([result])
@@ -178,105 +231,94 @@ def test_every_figure_against_a_cacheless_reference(family, noise, k):
     assert figures["accepted"] == accepted
     assert figures["acceptance_rate"] == pytest.approx(accepted / (k * len(rounds)))
     assert figures["alpha"] == pytest.approx(accepted / tested)
+    assert figures["mean_acceptance_length"] == pytest.approx(1 + accepted / len(rounds))
     assert figures["tokens_per_round"] == pytest.approx((len(tokens) - 1) / len(rounds))
     assert figures["log_likelihood"] == pytest.approx(log_likelihood, rel=1e-4)
     assert figures["log_likelihood_per_token"] == pytest.approx(log_likelihood / (k * len(rounds)), rel=1e-4)
-    assert 0 < result.draft_s + result.verify_s < result.latency_s and result.first_token_s < result.latency_s
+    assert figures["acceptance_histogram"] == [sum(a == n for _, a in rounds) for n in range(k + 1)]
+    passed = [len(rounds), *(sum(a >= i for _, a in rounds) for i in range(1, k + 1))]
+    by_position = figures["acceptance_by_position"]
+    assert by_position["joint"] == pytest.approx([count / len(rounds) for count in passed[1:]])
+    conditional = [passed[i] / passed[i - 1] if passed[i - 1] else None for i in range(1, k + 1)]
+    assert by_position["conditional"] == pytest.approx(conditional)
+    assert 0 < figures["draft_s"] + figures["verify_s"] < result.latency_s and result.first_token_s < result.latency_s
 
 
-def run_of(tokens, latency, first, rounds=(), prefill_s=0.0, draft_s=0.0, verify_s=0.0):
-    run = sd.Decoded(list(range(tokens)), latency, first, list(rounds), -3.0, prefill_s, draft_s, verify_s)
-    return sd.Measured([run])
+# The seconds of each round.
 
 
-def test_the_summary_by_hand():
-    baselines = [run_of(21, 2.5, 0.5), run_of(11, 1.5, 0.5)]
-    runs = [run_of(21, 1.25, 0.5, [(3, 3)] * 5, 0.3, 0.3, 0.55), run_of(11, 1.75, 0.5, [(3, 0)] * 10, 0.0, 0.6, 1.1)]
-    runs[1].divergence = sd.Divergence(1, 1, 2, 0, 1, "tie")
-    both = [dict(zip(("baseline", "K"), pair, strict=True)) for pair in zip(baselines, runs, strict=True)]
-    summary = sd.summarise(both, "K", "speculative")
-    counts = summary["speculative"]
-    expected = {"new_tokens": 32, "latency_s": 2.0, "tokens_per_s": 8.0, "latency_min_s": 2.0, "latency_max_s": 2.0}
-    assert summary["baseline"] == expected
-    assert counts["latency_s"] == 1.5
-    assert summary["speedup_percent"] == pytest.approx(100 * (4.0 / 3.0 - 1))
-    # 15 accepted of 25 tested: α = 0.6. A baseline step takes 3 / 30 s, a draft step 0.9 / 45, a verify pass 1.65 / 15.
-    assert counts["alpha"] == pytest.approx(0.6)
-    assert summary["draft_cost"] == pytest.approx(0.2) and summary["verify_cost"] == pytest.approx(1.1)
-    tokens = 1 + 0.6 + 0.6**2 + 0.6**3
-    assert summary["predicted_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1.1) - 1))
-    assert summary["ideal_speedup_percent"] == pytest.approx(100 * (tokens / (3 * 0.2 + 1) - 1))
-    assert (summary["identical"], summary["ties"], summary["mismatches"]) == (1, 1, 0)
-    assert counts["drafted_per_round"] == 3 and counts["drafted_histogram"] == {"3": 15}
-    assert counts["other_s"] == pytest.approx(3.0 - 0.3 - 0.9 - 1.65)
-    assert sd.promised_percent(1.0, [3], 0.1, 1.0) == pytest.approx(100 * (4 / 1.3 - 1))
-    mixed = 100 * ((1 + 1.5) / (0 * 0.1 + 1 * 0.1 + 2 * 1.2) - 1)  # a round that drafts none, and one that drafts 1
-    assert sd.promised_percent(0.5, [0, 1], 0.1, 1.2) == pytest.approx(mixed)
-    assert summary["speedup_interval_percent"] is None  # one repeat: no claim
+class Slow(sd.CachedModel):
+    """A model whose passes over so many tokens take longer, by so many seconds."""
+
+    def forward(self, ids, logits_to_keep=0):
+        time.sleep(self.seconds.get(ids.shape[1], 0.0))
+        return super().forward(ids, logits_to_keep)
 
 
-def test_figures_that_cannot_be_had_are_none(llama):
-    one = speculate(llama, llama, PROMPT, 3, 1)
-    assert one.rounds == [] and len(one.token_ids) == 1
-    figures = sd.acceptance([one])
-    assert figures["acceptance_rate"] is figures["alpha"] is figures["tokens_per_round"] is None
-    baseline = alone(llama, PROMPT, 1)
-    summary = sd.summarise([{"baseline": sd.Measured([baseline]), "K": sd.Measured([one])}], "K", "speculative")
-    assert summary["predicted_speedup_percent"] is None
-    assert sd.ratio(math.inf, 2) is None
+def slow(model, seconds):
+    cached = Slow(model)
+    cached.seconds = seconds
+    return cached
 
 
-def test_the_interval_covers_the_spread_and_little_else():
-    def repeated(latencies, tokens=100):
-        return sd.Measured([sd.Decoded(list(range(tokens)), latency) for latency in latencies])
-
-    exact = sd.speedup_interval([repeated([2.0, 2.0, 2.0])] * 4, [repeated([1.0, 1.0, 1.0])] * 4)
-    assert exact == pytest.approx([100.0, 100.0])
-    # Two prompts that gain 100 % and 300 %: drawn anew, both may be the one or the other.
-    baselines = [repeated([2.0] * 3), repeated([4.0] * 3)]
-    low, high = sd.speedup_interval(baselines, [repeated([1.0] * 3), repeated([1.0] * 3)])
-    assert (low, high) == pytest.approx((100.0, 300.0))
-    # Repeats that vary by a tenth: the interval lies within what they can give, and is not a point.
-    low, high = sd.speedup_interval([repeated([1.9, 2.0, 2.1])] * 4, [repeated([0.95, 1.0, 1.05])] * 4)
-    assert 100 * (1.9 / 1.05 - 1) <= low < 100 < high <= 100 * (2.1 / 0.95 - 1) and high - low > 3
-
-
-def test_methods_take_turns_and_the_median_counts(llama):
-    latencies = iter([9.0, 9.0, 3.0, 1.0, 2.0, 4.0, 6.0, 5.0, 0.0, 7.0, 8.0, 9.0, 1.0, 2.0])  # of the runs, in order
-
-    def timed(run):
-        run.latency_s = next(latencies)
-        return run
-
-    main, draft = sd.CachedModel(llama), sd.CachedModel(llama)
-    methods = {
-        "baseline": lambda prompt: timed(alone(main, prompt.ids[0].tolist(), 3)),
-        "other": lambda prompt: timed(speculate(main, draft, prompt.ids[0].tolist(), 2, 3)),
-    }
-    order = []
-    prompts = [prompt_of(PROMPT, 1), prompt_of([4], 2)]
-    announce = lambda prompt, name: order.append((prompt.number, name))  # noqa: E731
-    results = list(sd.measure(main, prompts, methods, 3, 1, True, announce))
-    assert order[:2] == [(1, "warm-up, baseline"), (1, "warm-up, other")]
-    b, o = "baseline", "other"
-    assert [name for number, name in order[2:] if number == 1] == [b, o, o, b, b, o]
-    assert [name for number, name in order[2:] if number == 2] == [o, b, b, o, o, b]
-    assert [(r[b].run.latency_s, r[o].run.latency_s) for r in results] == [(4.0, 2.0), (7.0, 1.0)]
-    assert [run.latency_s for run in results[0][b].runs] == [3.0, 4.0, 6.0]
-    assert all(result[o].divergence is None for result in results)
+def test_the_seconds_of_a_round_are_those_of_its_parts(llama):
+    """Passes that sleep: the prompt's 50 and 300 ms, verify passes 30 ms, the draft's 20 (two tokens) and 10 ms."""
+    main, draft = slow(llama, {5: 0.05, 4: 0.03}), slow(like(llama, 0.05), {4: 0.3, 2: 0.02, 1: 0.01})
+    result = speculate(main, draft, PROMPT, 3, 12)
+    rounds = result.rounds
+    assert all(one.draft_s >= 0.04 and one.verify_s >= 0.03 for one in rounds)
+    assert all(one.draft_s + one.verify_s <= one.round_s for one in rounds)
+    assert statistics.median(one.draft_s for one in rounds) < 0.04 + 0.03  # not the verify pass, too
+    assert statistics.median(one.verify_s for one in rounds) < 0.03 + 0.03
+    assert 0.05 <= result.first_token_s < 0.3  # without the draft's prefill
+    figures = sd.acceptance([result])
+    assert figures["prefill_s"] >= 0.35  # of both models
+    assert figures["prefill_s"] + sum(one.round_s for one in rounds) == pytest.approx(result.latency_s)
+    assert figures["draft_s"] == pytest.approx(sum(one.draft_s for one in rounds))
+    assert figures["verify_s"] == pytest.approx(sum(one.verify_s for one in rounds))
+    parts = [figures[part] for part in ("prefill_s", "draft_s", "verify_s", "other_s")]
+    assert sum(parts) == pytest.approx(result.latency_s) and min(parts) > 0
+    assert figures["round_s"]["median"] == pytest.approx(statistics.median(one.round_s for one in rounds))
+    assert figures["round_s"]["median"] <= figures["round_s"]["p95"] <= max(one.round_s for one in rounds)
 
 
-def test_a_prompt_that_fails_does_not_end_the_rest():
-    """A real model that runs out of memory, as its first layer says, wherever it reads the token 13."""
-    model = make_model("llama")
+class NothingOnce(sd.FixedLength):
+    """Drafts nothing in the second round."""
 
-    def out_of_memory(module, arguments):
-        if (arguments[0] == 13).any():
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    rounds = 0
 
-    model.get_input_embeddings().register_forward_pre_hook(out_of_memory)
-    main = sd.CachedModel(model)
-    prompts = [prompt_of([1, 2], 1), prompt_of([13, 5], 2), prompt_of([4], 3)]
-    results = list(sd.measure(main, prompts, {"baseline": lambda prompt: alone(main, prompt.ids[0].tolist(), 2)}))
-    assert results[1] == "CUDA out of memory."
-    assert [len(results[place]["baseline"].run.token_ids) for place in (0, 2)] == [2, 2]
+    def wants_another(self, confidences):
+        return self.rounds != 1 and super().wants_another(confidences)
+
+    def learn(self, drafted, accepted):
+        self.rounds += 1
+
+
+def test_a_round_without_draft_tokens_is_a_baseline_step(gemma2):
+    """One pass over one token, whose logits choose the next: nothing is verified, and nothing rolled back."""
+    main, draft = Watched(gemma2), Watched(like(gemma2, 0.05))
+    result = speculate(main, draft, PROMPT, NothingOnce(3), 20)
+    assert result.token_ids == baseline(gemma2, PROMPT, 20).token_ids
+    rounds = len(result.rounds)
+    assert counts_of(result)[1] == (0, 0) and rounds > 3
+    assert main.passes == [len(PROMPT), 4, 1, *[4] * (rounds - 2)]
+    assert draft.passes == [len(PROMPT) - 1, 2, 1, 1, 3, 1, 1, *[2, 1, 1] * (rounds - 3)]  # it reads on: three tokens
+    assert len(main.noted) == len(draft.noted) == rounds - 1
+    text = len(PROMPT) + 1
+    lengths = iter(zip(main.noted, draft.noted, strict=True))
+    for drafted, accepted in counts_of(result):
+        text += accepted + 1
+        if drafted:
+            assert next(lengths) == (text - 1, text - 2)
+    assert result.rounds[1].verify_s > 0  # the step's seconds count as the main model's
+
+
+def test_a_generation_stops_at_its_end():
+    generation = sd.Generation(prompt_of([1], new=4, end={9}))
+    generation.append([3, 5])
+    assert (generation.token_ids, generation.ended) == ([3, 5], False)
+    generation.append([7, 2, 9])
+    assert (generation.token_ids, generation.ended) == ([3, 5, 7, 2], True)  # the limit
+    generation = sd.Generation(prompt_of([1], new=4, end={9}))
+    generation.append([3, 9, 5])
+    assert (generation.token_ids, generation.ended) == ([3, 9], True)  # an end-of-text token

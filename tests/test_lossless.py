@@ -1,16 +1,23 @@
-"""The lossless check: a broken loop is caught, a rounding tie is called a tie, and equal outputs are passed over."""
+"""The lossless check: a fault in either loop is a mismatch and is laid at the right door, and rounding is a tie."""
 
+import copy
+import functools
 import inspect
+import math
+import pathlib
 import textwrap
 
 import pytest
 import torch
-from conftest import alone, always_wrong, ids_of, like, make_model, speculate
+import transformers
+from conftest import FAMILIES, always_wrong, baseline, counts_of, ids_of, like, make_model, prompt_of, speculate
 
 import speculative_decoding as sd
 
 PROMPT = [5, 9, 13, 2, 40]
+OTHER_TEXT = [7] * 40
 NEW, K = 48, 2
+BUNDLED = pathlib.Path(__file__).resolve().parent / "tiny_gemma2"
 
 
 def planted(function, *replacements):
@@ -24,108 +31,623 @@ def planted(function, *replacements):
     return defined[function.__name__]
 
 
-def broken_loop(*replacement):
-    return {"decode": planted(sd.decode_speculatively, replacement)}
+@functools.cache
+def pair(family, dtype):
+    """A model, and a draft that is right now and then."""
+    model = make_model(family, dtype=dtype)
+    return model, like(model, 0.1)
 
 
-def broken_rule(*replacement):
-    return {"rule": type("Broken", (sd.Greedy,), {"emit": planted(sd.Greedy.emit, replacement)})()}
+def assert_mismatch(divergence, at_fault):
+    """A mismatch, far beyond the noise, of the loop that is broken."""
+    assert (divergence.kind, divergence.at_fault) == ("mismatch", at_fault)
+    gaps = {"baseline": divergence.baseline_gap, "speculative": divergence.gap}
+    for loop, gap in gaps.items():
+        if at_fault in (loop, "both"):
+            assert gap > 2 * divergence.noise
+        else:
+            assert gap <= divergence.noise
 
 
-BUGS = {
+on_all_pairs = pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, dtype) for family in ("gemma2", "llama", "gpt2") for dtype in (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+
+
+# Faults of the speculative loop: in accepting, in verifying, in rolling back.
+
+
+def broken_loop(*replacements):
+    return {"decode": planted(sd.decode_speculatively, *replacements)}
+
+
+def broken_sampler(*replacements):
+    return {"sampler": type("Broken", (sd.Greedy,), {"accept": planted(sd.Greedy.accept, *replacements)})()}
+
+
+SPECULATIVE_BUGS = {
     "one stale token stays in both caches": broken_loop(
-        "roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))"
+        ("roll_back(drafted - accepted)", "roll_back(max(0, drafted - accepted - 1))")
     ),
     "one token too many is rolled back": broken_loop(
-        "main.roll_back(drafted - accepted)", "main.roll_back(drafted - accepted + 1)"
+        ("main.roll_back(drafted - accepted)", "main.roll_back(drafted - accepted + 1)")
     ),
-    "the last guess is accepted unseen": broken_rule("for i in range(len(d)) if", "for i in range(len(d) - 1) if"),
-    "the main model's choices are read one place off": broken_rule(
-        "g[: n + 1]", "[*d[:n], *g[n + 1 : n + 2]] or g[:1]"
+    "nothing is rolled back": broken_loop(("main.roll_back(drafted - accepted)", "pass")),
+    "the draft's rejected tokens are counted, not the main model's": broken_loop(
+        ("main.roll_back(drafted - accepted)", "main.roll_back(min(drafted, accepted))")
     ),
-    "one wrong guess is accepted": broken_rule("g[: n + 1]", "d[: n + 1] + g[n + 1 : n + 2]"),
+    "the last draft token is accepted unseen": broken_sampler(("enumerate(drafted)", "enumerate(drafted[:-1])")),
+    "the main model's choices are read one place off": broken_sampler(
+        ("chosen[: accepted + 1]", "[*drafted[:accepted], *chosen[accepted + 1 : accepted + 2]] or chosen[:1]")
+    ),
+    "one wrong draft token is accepted": broken_sampler(
+        ("chosen[: accepted + 1]", "drafted[: accepted + 1] + chosen[accepted + 1 : accepted + 2]")
+    ),
     "the correction is lost": broken_loop(
-        "text += emitted\n        room", "text += emitted[: max(1, accepted)]\n        room"
+        ("output.append(tokens)\n", "output.append(tokens[: max(1, accepted)])\n"),
+    ),
+    "the verify pass reads its tokens in the wrong order": broken_loop(
+        ("torch.cat([last, draft_ids], dim=1)", "torch.cat([draft_ids, last], dim=1)")
+    ),
+    "the verify pass reads the token before the last": broken_loop(
+        ("torch.cat([last, draft_ids], dim=1)", "torch.cat([last // 2, draft_ids], dim=1)")
+    ),
+    "the text's last token is read twice": broken_loop(
+        ("            target, of_tokens", "            main.forward(last)\n            target, of_tokens")
     ),
 }
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_broken_loop_is_a_mismatch(bug, family, dtype):
-    model = make_model(family, dtype=dtype)
+@on_all_pairs
+@pytest.mark.parametrize("bug", SPECULATIVE_BUGS)
+def test_a_broken_speculative_loop_is_a_mismatch(bug, family, dtype):
+    model, draft = pair(family, dtype)
     main = sd.CachedModel(model)
-    baseline = alone(main, PROMPT, NEW)
-    broken = speculate(main, like(model, 0.1), PROMPT, K, NEW, **BUGS[bug])
-    divergence = sd.find_divergence(main, ids_of(PROMPT), baseline.token_ids, broken.token_ids)
-    assert divergence.kind == "mismatch"
-    assert divergence.gap > 2 * divergence.noise
+    right = baseline(main, PROMPT, NEW).token_ids
+    broken = speculate(main, draft, PROMPT, K, NEW, **SPECULATIVE_BUGS[bug]).token_ids
+    divergence = sd.find_divergence(main, PROMPT, right, broken)
+    assert_mismatch(divergence, "speculative")
+    place = divergence.index
+    assert right[:place] == broken[:place]
+    assert (divergence.baseline_token, divergence.speculative_token) == (right[place], broken[place])
+    assert right[place] != broken[place]
+
+
+class RollsBackTooLittle(sd.CachedModel):
+    def roll_back(self, tokens):
+        super().roll_back(max(0, tokens - 1))
+
+
+class RollsBackTooMuch(sd.CachedModel):
+    def roll_back(self, tokens):
+        super().roll_back(tokens + 1)
+
+
+class NeverRollsBack(sd.CachedModel):
+    def roll_back(self, tokens):
+        super().roll_back(0)
+
+
+@on_all_pairs
+@pytest.mark.parametrize("kind", [RollsBackTooLittle, RollsBackTooMuch, NeverRollsBack])
+def test_a_cache_that_rolls_back_wrongly_is_a_mismatch_of_the_speculative_loop(kind, family, dtype):
+    """The baseline never rolls back: it is right with such a cache, too."""
+    model, draft = pair(family, dtype)
+    main = kind(model)
+    outputs = baseline(main, PROMPT, NEW).token_ids, speculate(main, draft, PROMPT, K, NEW).token_ids
+    assert_mismatch(sd.find_divergence(main, PROMPT, *outputs), "speculative")
+
+
+class VerifiesWithWrongPositions(sd.CachedModel):
+    """As if the text began with the verify pass."""
+
+    @torch.inference_mode()
+    def verify(self, score, ids):
+        positions = torch.arange(ids.shape[1])[None]
+        output = self.model(ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return score(output.logits[0], ids, None)
+
+
+class VerifiesWithoutCausalMask(sd.CachedModel):
+    """Each draft token sees those behind it, too."""
+
+    @torch.inference_mode()
+    def verify(self, score, ids):
+        mask = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype)
+        output = self.model(ids, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        return score(output.logits[0], ids, None)
+
+
+@functools.cache
+def bundled(dtype, **changes):
+    """The bundled pair, and the ids of a prompt."""
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=dtype, **changes)
+    tokenizer = sd.load_tokenizer([str(BUNDLED / "main")])
+    return load(BUNDLED / "main"), load(BUNDLED / "draft"), sd.encode(tokenizer, "What does list.sort do?", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [VerifiesWithWrongPositions, VerifiesWithoutCausalMask])
+@pytest.mark.parametrize("which", ["llama", "bundled"])
+def test_a_verify_pass_that_sees_the_wrong_tokens_is_a_mismatch(which, kind, dtype):
+    model, draft, prompt = bundled(dtype) if which == "bundled" else (*pair(which, dtype), PROMPT)
+    main = kind(model)
+    outputs = baseline(main, prompt, NEW).token_ids, speculate(main, draft, prompt, 4, NEW).token_ids
+    assert_mismatch(sd.find_divergence(main, prompt, *outputs), "speculative")
+
+
+# Faults of the baseline.
+
+
+def broken_baseline(*replacements):
+    return planted(sd.decode_autoregressively, *replacements)
+
+
+BASELINE_BUGS = {
+    "one token is replaced": broken_baseline(
+        ("    output.latency_s", "    output.token_ids[5] = (output.token_ids[5] + 1) % 61\n    output.latency_s")
+    ),
+    "one wrong token is read": broken_baseline(
+        ("(sampler.sample, token,", "(sampler.sample, (token + (len(output.token_ids) == 5)) % 61,")
+    ),
+    "the cache of the text before is not emptied": broken_baseline(
+        ("main.prefill(prompt_ids, rolls_back=False)", "main.forward(prompt_ids, logits_to_keep=1)")
+    ),
+    "what a step has read is not kept": broken_baseline(
+        ("        token = main.step", "        stale = copy.deepcopy(main.cache)\n        token = main.step"),
+        (
+            "        output.append([token.item()])\n    ",
+            "        output.append([token.item()])\n        main.cache = stale\n    ",
+        ),
+    ),
+    "the prompt's last token is not read": broken_baseline(
+        ("main.prefill(prompt_ids,", "main.prefill(prompt_ids[:, :-1],")
+    ),
+    "the least likely token is chosen once": broken_baseline(
+        (
+            "token = main.step(sampler.sample,",
+            "token = main.step(sampler.sample if len(output.token_ids) != 5 else lambda logits, *_: "
+            "logits.argmin(dim=-1, keepdim=True),",
+        )
+    ),
+}
+
+
+@on_all_pairs
+@pytest.mark.parametrize("bug", BASELINE_BUGS)
+def test_a_broken_baseline_is_a_mismatch_of_the_baseline(bug, family, dtype):
+    model, draft = pair(family, dtype)
+    main = sd.CachedModel(model)
+    right = speculate(main, draft, PROMPT, K, NEW).token_ids
+    baseline(main, OTHER_TEXT, NEW)  # the text before
+    broken = BASELINE_BUGS[bug](main, sd.Greedy(), prompt_of(PROMPT, new=NEW)).token_ids
+    divergence = sd.find_divergence(main, PROMPT, broken, right)
+    assert_mismatch(divergence, "baseline")
+    place = divergence.index
+    assert broken[:place] == right[:place] and broken[place] != right[place]
+    assert (divergence.baseline_token, divergence.speculative_token) == (broken[place], right[place])
+    if bug in ("one token is replaced", "the least likely token is chosen once"):
+        assert place == 5
+
+
+# Faults of the KV cache that both loops share.
+
+
+def after_each_pass(change):
+    """A model whose cache is changed behind each pass: `change` of a layer, and of how many tokens were read."""
+
+    class Broken(sd.CachedModel):
+        def forward(self, ids, logits_to_keep=0):
+            begun = self.cache.get_seq_length() > 0
+            logits = super().forward(ids, logits_to_keep)
+            for layer in self.cache.layers if begun else ():
+                change(layer, ids.shape[1])
+            return logits
+
+    return Broken
+
+
+def lose_what_was_read(layer, read):
+    layer.values = torch.cat([layer.values[:, :, :-read], torch.zeros_like(layer.values[:, :, -read:])], dim=2)
+
+
+def repeat_the_token_before(layer, read):
+    for part in ("keys", "values"):
+        stored = getattr(layer, part)
+        setattr(layer, part, torch.cat([stored[:, :, :-1], stored[:, :, -2:-1]], dim=2))
+
+
+def shift_the_values(layer, read):
+    layer.values = layer.values.roll(1, dims=2)
+
+
+class SwapsLayers(sd.CachedModel):
+    def prefill(self, prompt_ids, rolls_back=True):
+        logits = super().prefill(prompt_ids, rolls_back)
+        first, second = self.cache.layers
+        first.keys, second.keys, first.values, second.values = second.keys, first.keys, second.values, first.values
+        return logits
+
+
+class KeepsTheTextBefore(sd.CachedModel):
+    prefill = planted(sd.CachedModel.prefill, ("self.reset(rolls_back)", "pass"))
+
+
+CACHE_BUGS = {
+    "what a pass has read is lost": after_each_pass(lose_what_was_read),
+    "a stale token stands where the latest should": after_each_pass(repeat_the_token_before),
+    "the values are shifted by one place": after_each_pass(shift_the_values),
+    "the layers' caches are swapped": SwapsLayers,
+    "the cache of the text before is not emptied": KeepsTheTextBefore,
+}
+
+
+@on_all_pairs
+@pytest.mark.parametrize("bug", CACHE_BUGS)
+def test_a_broken_cache_of_both_loops_is_a_mismatch_of_both(bug, family, dtype):
+    """What the fault does to the logits must not pass for rounding."""
+    model, draft = pair(family, dtype)
+    main = CACHE_BUGS[bug](model)
+    main.forward(ids_of(OTHER_TEXT))  # the text before
+    outputs = baseline(main, PROMPT, NEW).token_ids, speculate(main, draft, PROMPT, K, NEW).token_ids
+    divergence = sd.find_divergence(main, PROMPT, *outputs)
+    assert_mismatch(divergence, "both")
+    assert (divergence.index is None) == (outputs[0] == outputs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrong_cache_of_the_library_is_a_mismatch(monkeypatch, dtype):
+    """With a window of one token, the library's cache keeps all of a text where it should keep nothing.
+
+    Only in steps of the baseline: in a cache that can be rolled back, it does this right. With two it is right, too.
+    """
+    for window, at_fault in ((1, "baseline"), (2, None)):
+        shape = FAMILIES["gemma2"]()
+        shape.sliding_window = window
+        monkeypatch.setitem(FAMILIES, "narrow", lambda shape=shape: shape)
+        model = make_model("narrow", dtype=dtype)
+        random = model, like(model, 0.1), PROMPT
+        for model, draft, prompt in (random, bundled(dtype, sliding_window=window)):
+            assert model.config.sliding_window == window
+            main = sd.CachedModel(model)
+            outputs = baseline(main, prompt, NEW).token_ids, speculate(main, draft, prompt, K, NEW).token_ids
+            divergence = sd.find_divergence(main, prompt, *outputs)
+            if at_fault:
+                assert_mismatch(divergence, at_fault)
+            else:
+                assert divergence is None or divergence.kind == "tie"
+
+
+def test_a_fault_in_the_drafts_cache_costs_time_and_never_changes_the_output():
+    model, draft = pair("gemma2", torch.float32)
+    main, right = sd.CachedModel(model), baseline(model, PROMPT, NEW).token_ids
+    correct = counts_of(speculate(main, draft, PROMPT, K, NEW))
+    for kind in (RollsBackTooLittle, NeverRollsBack, *CACHE_BUGS.values()):
+        broken = kind(draft)
+        broken.forward(ids_of(OTHER_TEXT))  # the text before
+        output = speculate(main, broken, PROMPT, K, NEW)
+        assert output.token_ids == right and counts_of(output) != correct  # the fault is one
+        assert sd.find_divergence(main, PROMPT, right, output.token_ids) is None
 
 
 def test_what_is_planted_in_is_right_without_a_bug():
-    model = make_model("gemma2")
-    baseline = alone(model, PROMPT, NEW)
-    for unbroken in (broken_loop("accepted", "accepted"), broken_rule("n", "n")):
-        same = speculate(model, like(model, 0.1), PROMPT, K, NEW, **unbroken)
-        assert sd.find_divergence(sd.CachedModel(model), ids_of(PROMPT), baseline.token_ids, same.token_ids) is None
+    for family in ("gemma2", "llama", "gpt2"):
+        model, draft = pair(family, torch.float32)
+        for main in (sd.CachedModel(model), after_each_pass(lambda layer, read: None)(model)):
+            right = baseline(main, PROMPT, NEW).token_ids
+            assert broken_baseline()(main, sd.Greedy(), prompt_of(PROMPT, new=NEW)).token_ids == right
+            for unbroken in (broken_loop(("accepted", "accepted")), broken_sampler(("chosen", "chosen")), {}):
+                same = speculate(main, draft, PROMPT, K, NEW, **unbroken).token_ids
+                assert sd.find_divergence(main, PROMPT, right, same) is None
 
 
-def test_rounding_in_bfloat16_is_a_tie_and_never_a_mismatch():
-    kinds = []
+# Equal outputs that are wrong together.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [0, 5, NEW - 1])
+def test_two_equal_outputs_with_the_same_wrong_token_are_a_mismatch_of_both(place, dtype):
+    model, _ = pair("llama", dtype)
+    main = sd.CachedModel(model)
+    right = baseline(main, PROMPT, NEW).token_ids
+    logits = model(input_ids=ids_of([*PROMPT, *right[:place]])).logits[0, -1]
+    wrong = [*right[:place], logits.argmin().item()]
+    wrong += baseline(main, [*PROMPT, *wrong], NEW).token_ids[: NEW - place - 1]  # and right from there on
+    divergence = sd.find_divergence(main, PROMPT, wrong, list(wrong))
+    assert_mismatch(divergence, "both")
+    assert divergence.index is divergence.baseline_token is divergence.speculative_token is None
+    below = (logits.max() - logits.min()).item()
+    assert divergence.gap == divergence.baseline_gap == pytest.approx(below, rel=2e-2 if dtype.itemsize == 2 else 1e-4)
+
+
+def test_a_wrong_sampler_of_both_loops_is_found_though_the_outputs_are_equal():
+    """The whole way: both loops take the second best token once in a while, and agree."""
+
+    class SecondBest(sd.Greedy):
+        def sample(self, logits, ids, uniform):
+            return self.choose(logits)[:, None]
+
+        def score(self, logits, ids, uniform):
+            return self.choose(logits), sd.log_likelihood(logits, ids)
+
+        def choose(self, logits):
+            best = logits.topk(2, dim=-1).indices
+            return torch.where(best[:, 0] % 5 == 0, best[:, 1], best[:, 0])
+
+    model, draft = pair("llama", torch.float32)
+    main, sampler = sd.CachedModel(model), SecondBest()
+    (result,) = results_of(main, sd.CachedModel(draft), sampler)
+    first, second = result.outcomes.values()
+    assert first.run.token_ids == second.run.token_ids
+    for outcome in (first, second):
+        assert_mismatch(outcome.divergence, "both")
+        assert outcome.divergence.index is None
+
+
+# Rounding.
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_bigcode", "olmo2"])
+def test_rounding_in_bfloat16_is_a_tie_and_never_a_mismatch(family):
+    kinds, equal_but_tied = [], 0
     for seed in range(12):
-        model = make_model("llama", seed, torch.bfloat16)
+        model = make_model(family, seed, torch.bfloat16)
         main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.02))
         for prompt in (PROMPT, PROMPT[::-1], [token + seed for token in PROMPT]):
-            baseline = alone(main, prompt, NEW).token_ids
-            speculative = speculate(main, draft, prompt, K, NEW).token_ids
-            if divergence := sd.find_divergence(main, ids_of(prompt), baseline, speculative):
-                assert 0 <= divergence.gap <= divergence.noise
+            outputs = baseline(main, prompt, NEW).token_ids, speculate(main, draft, prompt, K, NEW).token_ids
+            divergence = sd.find_divergence(main, prompt, *outputs)
+            if outputs[0] == outputs[1]:
+                assert divergence is None
+                equal_but_tied += sd.certify(main, prompt, outputs[0])[0] > 0
+            else:
+                assert 0 <= divergence.gap <= divergence.noise and 0 <= divergence.baseline_gap <= divergence.noise
+                assert divergence.at_fault is None
                 kinds.append(divergence.kind)
     assert set(kinds) == {"tie"}  # it does happen
+    assert equal_but_tied  # and so does this: both round alike, and unlike the certifying pass
 
 
 def test_a_tie_of_two_equal_logits():
-    """Two tokens with the same output weights always tie: whichever is written, it is the main model's own."""
+    """Two tokens with the same output weights always tie: whichever is chosen, it is the main model's own."""
     model = make_model("llama")
     main = sd.CachedModel(model)
-    baseline = alone(main, PROMPT, NEW).token_ids
-    place = next(i for i in range(8, NEW) if baseline[i] not in baseline[:i])
-    twin = next(token for token in range(61) if token not in baseline)
+    right = baseline(main, PROMPT, NEW).token_ids
+    place = next(i for i in range(8, NEW) if right[i] not in right[:i])
+    twin = next(token for token in range(61) if token not in right)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
-        head[twin] = head[baseline[place]]
+        head[twin] = head[right[place]]
 
     def logits_after(written):
         return model(input_ids=ids_of(PROMPT + written)).logits[0, -1]
 
-    text = baseline[:place] + [twin]
+    text = right[:place] + [twin]
     while len(text) < NEW:  # the main model's own text after the twin, from passes over everything
         text.append(logits_after(text).argmax().item())
-    divergence = sd.find_divergence(main, ids_of(PROMPT), baseline, text)
-    assert (divergence.index, divergence.kind) == (place, "tie")
-    assert (divergence.baseline_token, divergence.speculative_token) == (baseline[place], twin)
-    # And a text that goes wrong only behind its tie is found out: every token is certified.
+    divergence = sd.find_divergence(main, PROMPT, right, text)
+    assert (divergence.index, divergence.kind, divergence.at_fault) == (place, "tie", None)
+    assert (divergence.baseline_token, divergence.speculative_token) == (right[place], twin)
+    swapped = sd.find_divergence(main, PROMPT, text, right)
+    assert (swapped.index, swapped.kind, swapped.at_fault) == (place, "tie", None)
+    # And a text that goes wrong only behind its tie is found out: every token is certified, of both.
     wrong = [*text[:-1], logits_after(text[:-1]).argmin().item()]
-    assert sd.find_divergence(main, ids_of(PROMPT), baseline, wrong).kind == "mismatch"
+    for outputs, at_fault in (((right, wrong), "speculative"), ((wrong, right), "baseline"), ((wrong, wrong), "both")):
+        assert_mismatch(sd.find_divergence(main, PROMPT, *outputs), at_fault)
 
 
 def test_a_text_that_stops_early_or_late_is_a_mismatch():
+    """Though each of its tokens is right: rounding ends no text."""
     main = sd.CachedModel(make_model("gemma2"))
-    baseline = alone(main, PROMPT, NEW).token_ids
-    early = sd.find_divergence(main, ids_of(PROMPT), baseline, baseline[:-2])
-    assert (early.kind, early.index, early.speculative_token) == ("mismatch", NEW - 2, None)
-    late = sd.find_divergence(main, ids_of(PROMPT), baseline[:-2], baseline)
-    assert (late.kind, late.baseline_token) == ("mismatch", None)
+    right = baseline(main, PROMPT, NEW).token_ids
+    early = sd.find_divergence(main, PROMPT, right, right[:-2])
+    assert (early.kind, early.at_fault, early.index) == ("mismatch", "speculative", NEW - 2)
+    assert (early.baseline_token, early.speculative_token) == (right[-2], None)
+    late = sd.find_divergence(main, PROMPT, right[:-2], right)
+    assert (late.kind, late.at_fault, late.index) == ("mismatch", "speculative", NEW - 2)
+    assert (late.baseline_token, late.speculative_token) == (None, right[-2])
 
 
-def test_the_gap_and_the_noise_by_hand():
-    model = make_model("gemma2")
+# The figures of the check.
+
+
+def logits_by_hand(model, output, stepwise=False):
+    """The logits before each token of an output: in one pass without a cache, or one token at a time with one."""
+    text = ids_of([*PROMPT, *output[:-1]])
+    with torch.no_grad():
+        if not stepwise:
+            return model(input_ids=text, use_cache=False).logits[0, len(PROMPT) - 1 :]
+        cache, rows = transformers.DynamicCache(config=model.config), []
+        for token in text.split(1, dim=1):
+            rows.append(model(token, past_key_values=cache, use_cache=True).logits[0])
+        return torch.cat(rows)[len(PROMPT) - 1 :]
+
+
+def gap_by_hand(model, output):
+    logits = logits_by_hand(model, output)
+    return (logits.amax(-1) - logits[range(len(output)), output]).max().item()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_the_gaps_by_hand(family):
+    model = make_model(family)
     main = sd.CachedModel(model)
-    baseline = alone(main, PROMPT, 20).token_ids
-    other = alone(always_wrong(model), PROMPT, 20).token_ids
-    divergence = sd.find_divergence(main, ids_of(PROMPT), baseline, other)
-    logits = model(input_ids=ids_of(PROMPT + other), use_cache=False).logits[0, 4:-1]
-    below = logits.amax(-1) - logits[range(20), other]
-    assert divergence.gap == pytest.approx(below.max().item(), rel=1e-4)
-    assert divergence.index == 0 and 0 < divergence.noise < 1e-3
+    right, other = (baseline(one, PROMPT, 20).token_ids for one in (model, always_wrong(model)))
+    one, swapped = (sd.find_divergence(main, PROMPT, *both) for both in ((right, other), (other, right)))
+    assert one.gap == pytest.approx(gap_by_hand(model, other), rel=1e-4) and one.gap > 0.1
+    assert swapped.baseline_gap == pytest.approx(one.gap, rel=1e-6)
+    assert one.baseline_gap == swapped.gap == gap_by_hand(model, right) == 0
+    assert (one.index, swapped.index) == (0, 0)
+    assert 0 < one.noise < 1e-3 and 0 < swapped.noise < 1e-3
+
+
+@on_all_pairs
+def test_the_noise_is_what_rounding_does(family, dtype):
+    """An independent measure: how far the logits move if the same text is read one token at a time."""
+    model, _ = pair(family, dtype)
+    right = baseline(model, PROMPT, NEW).token_ids
+    _, logits = sd.certify(sd.CachedModel(model), PROMPT, right)
+    noise = sd.rounding_noise(sd.CachedModel(model), PROMPT, right, logits)
+    single, _ = pair(family, torch.float32)
+    _, exact = sd.certify(sd.CachedModel(single), PROMPT, right)
+    moved = (logits_by_hand(single, right, stepwise=True) - exact).abs().max().item()
+    unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    assert unit * moved / 10 < noise < unit * moved * 10
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_check_shares_no_cache_with_the_loops():
+    """Certifying neither reads nor changes the cache."""
+    model, _ = pair("llama", torch.float32)
+    main = sd.CachedModel(model)
+    right = baseline(main, PROMPT, NEW).token_ids
+    for layer in main.cache.layers:
+        layer.keys, layer.values = torch.full_like(layer.keys, math.nan), torch.full_like(layer.values, math.nan)
+    before = copy.deepcopy([layer.keys for layer in main.cache.layers])
+    gap, logits = sd.certify(main, PROMPT, right)
+    assert gap == 0 and torch.equal(logits, logits_by_hand(model, right))
+    assert all(kept.shape == layer.keys.shape for kept, layer in zip(before, main.cache.layers, strict=True))
+
+
+def test_what_a_broken_cache_does_is_no_noise():
+    """Read one token at a time, its logits are far off; the noise is what it is without that fault."""
+    model, _ = pair("llama", torch.float32)
+    right = baseline(model, PROMPT, NEW).token_ids
+    _, logits = sd.certify(sd.CachedModel(model), PROMPT, right)
+    correct = sd.rounding_noise(sd.CachedModel(model), PROMPT, right, logits)
+    for kind in CACHE_BUGS.values():
+        main = kind(model)
+        main.forward(ids_of(OTHER_TEXT))
+        main.prefill(ids_of(PROMPT[:-1]))
+        rows = [main.forward(ids_of([token])) for token in [PROMPT[-1], *right[:-1]]]
+        assert (torch.cat(rows) - logits).abs().max() > 0.1
+        assert sd.rounding_noise(main, PROMPT, right, logits) == correct < 1e-4
+
+
+# The check as the benchmark runs it.
+
+
+def results_of(main, draft, sampler, lengths=(K,), repeats=1, new=NEW):
+    """What the program measures, and finds in it, for one prompt."""
+    prompts = [prompt_of(PROMPT, 1, new)]
+    helper = sd.ModelDraft(draft, sampler)
+    methods = sd.our_methods(main, helper, sampler, lengths, prompts[0])
+    check = functools.partial(sd.check_outputs, main, isinstance(sampler, sd.Sampling))
+    return list(sd.benchmark(prompts, methods, check, repeats, warmup=0))
+
+
+def test_every_repeat_is_checked():
+    """Not the median run only."""
+    model, draft = pair("llama", torch.float32)
+    main, prompt = sd.CachedModel(model), prompt_of(PROMPT, 1, NEW)
+    right, wrong = baseline(main, PROMPT, NEW), baseline(always_wrong(model), PROMPT, NEW)
+    right.latency_s, wrong.latency_s = 1.0, 9.0
+    result = sd.Result(prompt, {"baseline": sd.Outcome([right]), "K = 2": sd.Outcome([right, right, wrong])})
+    sd.check_outputs(main, False, result)
+    assert result.outcomes["K = 2"].run.token_ids == right.token_ids
+    assert_mismatch(result.outcomes["K = 2"].divergence, "speculative")
+    assert result.baseline.divergence is None
+
+
+def only_without_cache(model, act):
+    """Call `act` with the number of the pass before each pass without a cache: those of the check, and no others."""
+    passes = []
+
+    def hook(module, arguments, keywords):
+        if not keywords["use_cache"]:
+            passes.append(1)
+            act(len(passes))
+
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def out_of_memory(*_):
+    raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("sampler", [sd.Greedy(), sd.Sampling(0.8, seed=3)], ids=["greedy", "sampled"])
+def test_a_check_that_fails_costs_the_verdict_and_no_timing(sampler):
+    model = make_model("llama")
+    draft = like(model, 0.1)
+    only_without_cache(model, out_of_memory)
+    (result,) = results_of(sd.CachedModel(model), sd.CachedModel(draft), sampler, repeats=3)
+    for outcome in result.outcomes.values():
+        assert len(outcome.runs) == 3 and all(len(run.token_ids) == NEW for run in outcome.runs)
+        assert outcome.unchecked == "CUDA out of memory."
+        assert outcome.error is outcome.divergence is None
+    comparison = sd.Comparison([result], sd.Method("K = 2", None, 2))
+    assert comparison.figures["unchecked"] == 1 and comparison.figures["identical"] == 0
+    assert comparison.figures["speedup_percent"] is not None
+
+
+def test_a_check_that_fails_in_the_noise_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    main, prompt = sd.CachedModel(model), prompt_of(PROMPT, 1, NEW)
+    right, wrong = baseline(main, PROMPT, NEW), baseline(always_wrong(model), PROMPT, NEW)
+    result = sd.Result(prompt, {"baseline": sd.Outcome([right]), "K = 2": sd.Outcome([wrong])})
+    # Of the baseline's output one pass; of the other two, and a third in which every layer's output is rounded again.
+    hook = only_without_cache(model, lambda number: number == 4 and out_of_memory())
+    sd.check_outputs(main, False, result)
+    hook.remove()
+    assert result.baseline.unchecked is None and result.baseline.divergence is None
+    outcome = result.outcomes["K = 2"]
+    assert (outcome.unchecked, outcome.divergence, outcome.error) == ("CUDA out of memory.", None, None)
+    assert not any(module._forward_hooks for module in model.modules())
+    sd.check_outputs(main, False, result)
+    assert_mismatch(outcome.divergence, "speculative")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# Logits that are not finite.
+
+CHEAP = {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 16: 1.5}}
+SAMPLERS = {"greedy": sd.Greedy(), "sampled": sd.Sampling(0.8), "cut": sd.Sampling(0.8, top_k=5, top_p=0.9)}
+
+
+def broken_weights(model, value=math.nan):
+    """A copy with one weight of its last layer replaced."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        [weight for weight in model.parameters() if weight.dim() > 1][-2].view(-1)[0] = value
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_main_model_that_is_not_finite_is_an_error(sampler, value, dtype):
+    model, draft = pair("llama", dtype)
+    main = sd.CachedModel(broken_weights(model, value))
+    (result,) = results_of(main, sd.CachedModel(draft), SAMPLERS[sampler], (K, "auto"), new=8)
+    assert result.baseline.error == "the main model's logits are not finite; try --dtype float32 or bfloat16"
+    for label in ("K = 2", "K = auto"):
+        assert result.error(sd.Method(label, None)) == result.baseline.error
+        assert result.outcomes[label].divergence is None
+
+
+@pytest.mark.parametrize("length", [sd.FixedLength(1), sd.FixedLength(3), "auto"], ids=["1", "3", "auto"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_draft_that_is_not_finite_is_an_error(sampler, length):
+    model, draft = pair("llama", torch.float32)
+    late = copy.deepcopy(draft)  # finite up to a token that comes late in the text
+    text = baseline(model, PROMPT, NEW).token_ids
+    with torch.no_grad():
+        late.get_input_embeddings().weight[max(text, key=text.index)] = math.nan
+    drafts = [broken_weights(draft)] if sampler != "greedy" else [broken_weights(draft), late]
+    for broken in drafts:
+        chooser = sd.AutoLength(CHEAP) if length == "auto" else length
+        with pytest.raises(ArithmeticError, match="^the draft model's logits are not finite"):
+            speculate(model, broken, PROMPT, chooser, NEW, sampler=SAMPLERS[sampler])
+    assert speculate(model, draft, PROMPT, length if length != "auto" else sd.AutoLength(CHEAP), NEW)
+
+
+def test_a_draft_that_is_not_finite_costs_its_own_outcome_only():
+    model, draft = pair("llama", torch.float32)
+    (result,) = results_of(sd.CachedModel(model), sd.CachedModel(broken_weights(draft)), sd.Greedy(), (K, "auto"))
+    assert result.baseline.error is result.baseline.divergence is result.baseline.unchecked is None
+    for label in ("K = 2", "K = auto"):
+        assert (
+            result.outcomes[label].error == "the draft model's logits are not finite; try --dtype float32 or bfloat16"
+        )
+        assert result.outcomes[label].runs == []

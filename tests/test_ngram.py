@@ -1,9 +1,11 @@
 """Drafting without a model: what followed the text's last tokens before."""
 
 import json
+import re
 
+import pytest
 import torch
-from conftest import VOCABULARY, alone, ids_of, make_model, speculate
+from conftest import VOCABULARY, baseline, counts_of, ids_of, make_model, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +25,10 @@ def looked_up(text, k):
 @given(text=st.lists(st.integers(0, 3), min_size=1, max_size=40), k=st.integers(1, 6), steps=st.integers(1, 8))
 def test_it_finds_what_a_search_of_everything_finds(text, k, steps):
     draft = sd.NgramDraft(torch.device("cpu"))
-    draft.new_text(ids_of(text[:1]))
+    draft.reset(ids_of(text[:1]))
     for end in sorted({*range(1, len(text), steps), len(text)}):  # the text grows by some tokens a round
-        guesses, q = draft.propose(text[:end], sd.FixedLength(k))
-        assert guesses.tolist() == [looked_up(text[:end], k)] and q is None
+        draft_ids, q = draft.propose(text[:end], sd.FixedLength(k))
+        assert draft_ids.tolist() == [looked_up(text[:end], k)] and q is None
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -38,10 +40,10 @@ def test_it_finds_what_a_search_of_everything_finds(text, k, steps):
 def test_exact_and_what_was_drafted_is_counted(family, prompt, k):
     main = MODELS[family]
     result = speculate(main, "ngram", prompt * 2, k, 40)
-    assert result.token_ids == alone(main, prompt * 2, 40).token_ids
-    assert sum(accepted + 1 for _, accepted in result.rounds) >= 39
+    assert result.token_ids == baseline(main, prompt * 2, 40).token_ids
+    assert sum(accepted + 1 for _, accepted in counts_of(result)) >= 39
     text = prompt * 2 + result.token_ids[:1]
-    for drafted, accepted in result.rounds:  # rounds with nothing drafted are rounds
+    for drafted, accepted in counts_of(result):  # rounds with nothing drafted are rounds
         assert drafted == len(looked_up(text, k))
         text = (prompt * 2 + result.token_ids)[: len(text) + accepted + 1]
 
@@ -50,20 +52,20 @@ MODELS = {family: make_model(family) for family in ("llama", "gemma2", "mistral"
 
 
 def test_auto_leaves_it_alone_where_it_is_never_right_and_uses_it_where_it_is():
-    free = {"draft_pass_s": {1: 0.0, 2: 0.0}, "main_pass_s": {1: 1.0, 17: 2.0}}
+    free = {"draft_pass_s": {1: 0.0, 2: 0.0}, "main_pass_s": {1: 1.0, 16: 2.0}}
 
     def rounds(text, right):
-        draft, chooser = sd.NgramDraft(torch.device("cpu")), sd.AutoLength(16, free)
-        draft.new_text(ids_of(text))
+        draft, chooser = sd.NgramDraft(torch.device("cpu")), sd.AutoLength(free)
+        draft.reset(ids_of(text))
         drafted = []
         for _ in range(80):
-            guesses, _ = draft.propose(text, chooser)
-            drafted.append(guesses.shape[1])
+            draft_ids, _ = draft.propose(text, chooser)
+            drafted.append(draft_ids.shape[1])
             chooser.learn(drafted[-1], drafted[-1] if right else 0)
         return drafted
 
     text = list(range(30)) * 2
-    assert rounds(text, right=True)[-1] == 16
+    assert rounds(text, right=True)[-1] == 15
     assert sum(rounds(text, right=False)[20:]) <= 6
 
 
@@ -76,17 +78,35 @@ def test_the_program_runs_it(tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert report["settings"]["draft"] == "ngram" and report["settings"]["demo"] is True
+    fixed, auto = report["runs"]
+    assert [run["draft_tokens"] for run in report["runs"]] == [3, "auto"]
     for run in report["runs"]:
         summary = run["summary"]
-        assert summary["predicted_speedup_percent"] is summary["ideal_speedup_percent"] is None
-        assert summary["draft_step_s"] is summary["draft_cost"] is None and summary["identical"] == 1
-    assert [other["method"] for other in report["compared"]][0] == "transformers' generate()"
+        assert summary["draft_step_s"] > 0 and summary["identical"] == 1
+        assert summary["draft_cost"] < summary["verify_cost"] / 4  # it costs next to nothing
+        assert summary["draft_cost"] == pytest.approx(summary["draft_step_s"] / summary["baseline_step_s"])
+    # A round that finds nothing to draft is a baseline step: it yields one token, and costs one step.
+    summary, alpha = fixed["summary"], fixed["summary"]["speculative"]["alpha"]
+    counts = {int(length): count for length, count in summary["speculative"]["drafted_histogram"].items()}
+    assert set(counts) <= {0, 1, 2, 3} and sum(counts.values()) == summary["speculative"]["rounds"]
+    tokens = sum(count * sum(alpha**i for i in range(length + 1)) for length, count in counts.items())
+    for key, v in (("predicted_speedup_percent", summary["verify_cost"]), ("ideal_speedup_percent", 1)):
+        costs = {length: length * summary["draft_cost"] + v if length else 1 for length in counts}
+        steps = sum(count * costs[length] for length, count in counts.items())
+        assert summary[key] == pytest.approx(100 * (tokens / steps - 1))
+        assert auto["summary"][key] is None  # there is no one K
+    assert fixed["costs"] is None and set(auto["costs"]) == {"draft_pass_s", "main_pass_s"}
+    assert [other["method"] for other in report["compared"]][0] == "transformers' generate(), eager"
+    assert len(report["compared"]) == 3
     assert all(other["summary"]["identical"] == 1 for other in report["compared"])
-    assert "ngram" in printed and "predicted" not in printed.split("By draft length")[1].split("\n")[-6]
+    assert "ngram" in printed
+    chart = printed.split("Times as fast as the baseline")[1].split("Draft tokens accepted")[0]
+    bars = [re.match(r" *(K = \w+|predicted)", line)[1] for line in chart.splitlines() if "█" in line]
+    assert bars == ["K = 3", "predicted", "K = auto"]
 
 
-def test_finding_nothing_to_guess_is_no_failed_guess():
-    chooser = sd.AutoLength(16, {"draft_pass_s": {1: 0.0, 2: 0.0}, "main_pass_s": {1: 1.0, 17: 1.5}})
+def test_finding_nothing_is_no_rejected_draft():
+    chooser = sd.AutoLength({"draft_pass_s": {1: 0.0, 2: 0.0}, "main_pass_s": {1: 1.0, 16: 1.5}})
     for _ in range(200):
         chooser.wants_another([])
         chooser.learn(0, 0)

@@ -5,37 +5,37 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import alone, ids_of, like, make_model, speculate
+from conftest import baseline, counts_of, ids_of, like, make_model, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lossless import planted
 
 import speculative_decoding as sd
 
-# The rule, by algebra: what it does with a guess is a function of one random number that has a single step.
+# The sampler, by algebra: whether it accepts a draft token is a function of one random number with a single step.
 
 
-def chance_to_stand(p, q, guess):
-    """For which share of the random numbers a guess stands: found by halving."""
+def acceptance_probability(p, q, token):
+    """For which share of the random numbers a draft token is accepted: found by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        accepted, _ = sd.accept(p, q, torch.tensor([guess]), torch.tensor([middle], dtype=p.dtype))
+        accepted, _ = sd.accept_or_resample(p, q, torch.tensor([token]), torch.tensor([middle], dtype=p.dtype))
         low, high = (middle, high) if accepted.item() else (low, middle)
     return low
 
 
 def emitted(p, q):
-    """The distribution of the first token of a round that drafts one, computed from the rule."""
+    """The distribution of the first token of a round that drafts one, computed from `accept_or_resample`."""
     total = torch.zeros_like(p[0])
     almost_1 = torch.tensor([1 - 2**-53], dtype=p.dtype)
-    for guess in range(len(p[0])):
-        stands = chance_to_stand(p, q, guess)
-        total[guess] += q[0, guess] * stands
-        accepted, following = sd.accept(p, q, torch.tensor([guess]), almost_1)
+    for token in range(len(p[0])):
+        share = acceptance_probability(p, q, token)
+        total[token] += q[0, token] * share
+        accepted, following = sd.accept_or_resample(p, q, torch.tensor([token]), almost_1)
         assert following.sum().item() == pytest.approx(1)
         if not accepted.item():
-            total += q[0, guess] * (1 - stands) * following[0]
+            total += q[0, token] * (1 - share) * following[0]
     return total
 
 
@@ -55,26 +55,24 @@ def test_the_emitted_token_has_the_main_models_distribution(seed):
 
 def test_edge_values():
     p = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
-    guess, half = torch.tensor([1]), torch.tensor([0.5])
-    for q, expected in [
-        (p[:1], (1, [0.0, 0.0, 1.0])),  # the same: always stands, and the next token is drawn behind it
-        (torch.tensor([[0.0, 1.0, 0.0]]), (1, [0.0, 0.0, 1.0])),  # certain, and 0.5 < 0.75
-        (
-            torch.tensor([[0.5, 0.0, 0.5]]),
-            (1, [0.0, 0.0, 1.0]),
-        ),  # a guess that could not be drawn, but could be written
+    token, half = torch.tensor([1]), torch.tensor([0.5])
+    for q in [
+        p[:1],  # the same: always accepted, and the next token is drawn behind it
+        torch.tensor([[0.0, 1.0, 0.0]]),  # certain, and 0.5 < 0.75
+        torch.tensor([[0.5, 0.0, 0.5]]),  # one that the draft could not draw, but the main model could
     ]:
-        accepted, following = sd.accept(p, q, guess, half)
-        assert (accepted.tolist(), following.tolist()) == ([expected[0]], [expected[1]])
-    # Certain, and 0.8 > 0.75: thrown away, and what is left is the main model's without it.
-    accepted, following = sd.accept(p, torch.tensor([[0.0, 1.0, 0.0]]), guess, torch.tensor([0.8]))
+        accepted, following = sd.accept_or_resample(p, q, token, half)
+        assert (accepted.tolist(), following.tolist()) == ([1], [[0.0, 0.0, 1.0]])
+    # Certain, and 0.8 > 0.75: rejected, and the residual distribution is the main model's without it.
+    accepted, following = sd.accept_or_resample(p, torch.tensor([[0.0, 1.0, 0.0]]), token, torch.tensor([0.8]))
     assert (accepted.tolist(), following.tolist()) == ([0], [[1.0, 0.0, 0.0]])
-    # Disjoint: never stands, not even at 0, and p is what remains.
-    accepted, following = sd.accept(p, torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([2]), torch.tensor([0.0]))
+    # Disjoint: never accepted, not even at 0, and the residual distribution is p.
+    disjoint = torch.tensor([[0.0, 0.0, 1.0]])
+    accepted, following = sd.accept_or_resample(p, disjoint, torch.tensor([2]), torch.tensor([0.0]))
     assert (accepted.tolist(), following.tolist()) == ([0], [[0.25, 0.75, 0.0]])
-    # Rounding has left no surplus, and yet the guess is thrown away: p, not a division by zero.
+    # Rounding has left no residual, and yet the token is rejected: p, not a division by zero.
     same = torch.tensor([[0.5, 0.5]])
-    accepted, following = sd.accept(same.repeat(2, 1), same, torch.tensor([0]), torch.tensor([1.0]))
+    accepted, following = sd.accept_or_resample(same.repeat(2, 1), same, torch.tensor([0]), torch.tensor([1.0]))
     assert (accepted.tolist(), following.tolist()) == ([0], [[0.5, 0.5]])
 
 
@@ -96,9 +94,10 @@ def test_any_shapes_and_kinds(size, k, seed, kind, data):
         left = torch.arange(size) < size // 2
         p, q = ((of * keep + 1e-9 * keep) for of, keep in ((p, left), (q, ~left)))
         p, q = (of / of.sum(dim=-1, keepdim=True) for of in (p, q))
-    guesses = torch.tensor([data.draw(st.sampled_from(row.nonzero()[:, 0].tolist())) for row in q], dtype=torch.long)
-    uniforms = torch.tensor(data.draw(st.lists(st.floats(0, 0.875, width=32), min_size=k, max_size=k)))
-    accepted, following = sd.accept(p, q, guesses, uniforms)
+    tokens = [data.draw(st.sampled_from(row.nonzero()[:, 0].tolist())) for row in q]
+    draft_ids = torch.tensor(tokens, dtype=torch.long)
+    uniform = torch.tensor(data.draw(st.lists(st.floats(0, 0.875, width=32), min_size=k, max_size=k)))
+    accepted, following = sd.accept_or_resample(p, q, draft_ids, uniform)
     assert accepted.shape == (1,) and 0 <= accepted.item() <= k
     assert following.shape == (1, size) and following.min() >= 0 and following.sum().item() == pytest.approx(1)
     if kind == "same":
@@ -107,8 +106,8 @@ def test_any_shapes_and_kinds(size, k, seed, kind, data):
         assert accepted.item() == 0
     if accepted.item() == k:
         assert torch.allclose(following, p[-1:])
-    else:  # a token that was thrown away for good reason is not drawn after all
-        assert following[0, guesses[accepted.item()]] == 0 or kind == "random"
+    else:  # a token that was rejected for good reason is not drawn after all
+        assert following[0, draft_ids[accepted.item()]] == 0 or kind == "random"
 
 
 def test_drawing_by_hand():
@@ -136,7 +135,7 @@ def test_the_distribution_is_the_librarys(temperature, top_k, top_p):
 
 TINY = 5
 PROMPT = [1, 3]
-RULE = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
+SAMPLER = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
 
 
 def tiny_models():
@@ -161,13 +160,13 @@ MAIN, DRAFT = tiny_models()
 
 def exact_distribution(tokens=3):
     """The probability of each text of so many tokens by the main model alone, from passes over all of it."""
-    rule, texts = sd.Sampling(**RULE), {(): 1.0}
+    sampler, texts = sd.Sampling(**SAMPLER), {(): 1.0}
     for _ in range(tokens):
         longer = {}
         for text, probability in texts.items():
             with torch.inference_mode():
                 logits = MAIN(input_ids=ids_of([*PROMPT, *text])).logits[0, -1:]
-            for token, share in enumerate(rule.distribution(logits)[0].double().tolist()):
+            for token, share in enumerate(sampler.distribution(logits)[0].double().tolist()):
                 if share:
                     longer[*text, token] = probability * share
         texts = longer
@@ -188,12 +187,12 @@ def p_value(counts, expected):
     return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
-def sample(samples, rule, draft=DRAFT, k=2, decode=sd.decode_speculatively):
+def sample(samples, sampler, draft=DRAFT, k=2, decode=sd.decode_speculatively):
     main = sd.CachedModel(MAIN)
     draft = draft if draft == "ngram" else sd.CachedModel(draft)
     counts = {}
     for number in range(samples):
-        run = speculate(main, draft, PROMPT, k, 3, rule=rule, number=number, decode=decode)
+        run = speculate(main, draft, PROMPT, k, 3, sampler=sampler, number=number, decode=decode)
         counts[tuple(run.token_ids)] = counts.get(tuple(run.token_ids), 0) + 1
     return counts
 
@@ -201,69 +200,88 @@ def sample(samples, rule, draft=DRAFT, k=2, decode=sd.decode_speculatively):
 EXPECTED = exact_distribution()
 
 
-@pytest.mark.parametrize(("draft", "k", "samples"), [(DRAFT, 2, 2000), (DRAFT, 1, 600), ("ngram", 2, 600)])
+class EveryOther(sd.FixedLength):
+    """Drafts one token in the second round of each two, and none in the first."""
+
+    rounds = 0
+
+    def wants_another(self, confidences):
+        return self.rounds % 2 == 1 and super().wants_another(confidences)
+
+    def learn(self, drafted, accepted):
+        assert drafted == self.rounds % 2
+        self.rounds += 1
+
+
+@pytest.mark.parametrize(
+    ("draft", "k", "samples"), [(DRAFT, 2, 2000), (DRAFT, 1, 600), (DRAFT, EveryOther(1), 600), ("ngram", 2, 600)]
+)
 def test_texts_have_the_main_models_distribution(draft, k, samples):
     assert len(EXPECTED) > 20
-    assert p_value(sample(samples, sd.Sampling(**RULE), draft, k), EXPECTED) > 0.01
+    assert p_value(sample(samples, sd.Sampling(**SAMPLER), draft, k), EXPECTED) > 0.01
 
 
 def test_the_baselines_texts_have_it_too():
-    counts, main, rule = {}, sd.CachedModel(MAIN), sd.Sampling(**RULE)
+    counts, main, sampler = {}, sd.CachedModel(MAIN), sd.Sampling(**SAMPLER)
     for number in range(600):
-        text = tuple(alone(main, PROMPT, 3, rule=rule, number=number).token_ids)
+        text = tuple(baseline(main, PROMPT, 3, sampler=sampler, number=number).token_ids)
         counts[text] = counts.get(text, 0) + 1
     assert p_value(counts, EXPECTED) > 0.01
 
 
-def with_rule(**methods):
-    return type("Broken", (sd.Sampling,), methods)(**RULE)
+def with_methods(**methods):
+    return type("Broken", (sd.Sampling,), methods)(**SAMPLER)
 
 
-def with_accept(*replacements):
-    """A rule whose `emit` calls an `accept` with a mistake."""
-    method = planted(sd.Sampling.emit)
-    method.__globals__["accept"] = planted(sd.accept, *replacements)
-    return with_rule(emit=method)
+def with_mistake(*replacements):
+    """A sampler whose `accept` calls an `accept_or_resample` with a mistake."""
+    method = planted(sd.Sampling.accept)
+    method.__globals__["accept_or_resample"] = planted(sd.accept_or_resample, *replacements)
+    return with_methods(accept=method)
 
 
 def without_normalising():
-    rule = with_accept(("surplus / total", "surplus"))
+    sampler = with_mistake(("residual / total", "residual"))
     bounded = ("keepdim=True)", f"keepdim=True).clamp(max={TINY - 1})")
-    rule.emit.__func__.__globals__["draw"] = planted(sd.draw, ("uniform * up_to[:, -1:]", "uniform"), bounded)
-    return rule
+    drawing = planted(sd.draw, ("uniform * cumulative[:, -1:]", "uniform"), bounded)
+    sampler.accept.__func__.__globals__["draw"] = drawing
+    return sampler
+
+
+def with_score_at_temperature_only():
+    distribution = ("self.distribution(logits)", "(logits / self.settings['temperature']).softmax(dim=-1)")
+    return with_methods(score=planted(sd.Sampling.score, distribution))
 
 
 MISTAKES = {
-    "the surplus is not subtracted": lambda: with_accept(
-        ("torch.where(total > 0, surplus / total, p_there)", "p_there")
+    "the draft's share is not subtracted": lambda: with_mistake(
+        ("torch.where(total > 0, residual / total, p_next)", "p_next")
     ),
-    "the surplus is not normalised": without_normalising,
-    "the ratio upside down": lambda: with_accept(
-        ("uniforms * q_guessed < p_guessed", "uniforms * p_guessed < q_guessed")
+    "the residual distribution is not normalised": without_normalising,
+    "the ratio upside down": lambda: with_mistake(
+        ("uniform * q_drafted < p_drafted", "uniform * p_drafted < q_drafted")
     ),
-    "the bonus token is drawn one place early": lambda: with_accept(
-        ("p_there = p.index_select(0, accepted)", "p_there = p.index_select(0, accepted.clamp(max=len(q) - 1))")
+    "the bonus token is drawn one place early": lambda: with_mistake(
+        ("p_next = p.index_select(0, accepted)", "p_next = p.index_select(0, accepted.clamp(max=len(q) - 1))")
     ),
-    "one random number for two tokens": lambda: with_rule(
-        emit=planted(sd.Sampling.emit, ("uniforms[-1:]", "uniforms[:1]"))
+    "one random number for two tokens": lambda: with_methods(
+        accept=planted(sd.Sampling.accept, ("uniform[-1:]", "uniform[:1]"))
     ),
-    "top-p for the draft only": lambda: with_rule(
-        judge=planted(sd.Sampling.judge, ("self.distribution(logits)", "(logits / self.temperature).softmax(dim=-1)"))
-    ),
-    "every guess stands": lambda: with_accept(("uniforms * q_guessed < p_guessed", "uniforms < 2")),
+    "top-p for the draft only": with_score_at_temperature_only,
+    "every draft token is accepted": lambda: with_mistake(("uniform * q_drafted < p_drafted", "uniform < 2")),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_out(mistake):
     samples = 1500 if "two tokens" in mistake else 600  # a mistake that shows only in what goes together
-    broken = sample(samples, MISTAKES[mistake](), k=1)  # with two guesses, the bonus token would be the fourth
+    broken = sample(samples, MISTAKES[mistake](), k=1)  # with two draft tokens, the bonus token would be the fourth
     assert p_value(broken, EXPECTED) < 1e-4
 
 
 def test_what_is_planted_in_is_right_without_a_mistake():
-    rule = with_accept(("accepted", "accepted"))
-    assert sample(50, rule) == sample(50, sd.Sampling(**RULE))
+    sampler = with_mistake(("accepted", "accepted"))
+    assert sample(50, sampler) == sample(50, sd.Sampling(**SAMPLER))
 
 
 def test_a_seed_makes_a_text_again():
@@ -271,10 +289,10 @@ def test_a_seed_makes_a_text_again():
     draft = like(model, 0.05)
 
     def texts(seed, k=3):
-        rule = sd.Sampling(1.0, seed=seed)
+        sampler = sd.Sampling(1.0, seed=seed)
         both = (
-            alone(model, [5, 9], 24, rule=rule, number=7),
-            speculate(model, draft, [5, 9], k, 24, rule=rule, number=7),
+            baseline(model, [5, 9], 24, sampler=sampler, number=7),
+            speculate(model, draft, [5, 9], k, 24, sampler=sampler, number=7),
         )
         return [run.token_ids for run in both]
 
@@ -286,23 +304,25 @@ def test_a_low_temperature_is_greedy_in_the_end():
     model = make_model("llama")
     draft = like(model, 0.05)
     cold = sd.Sampling(1e-6)
-    assert speculate(model, draft, [5, 9], 3, 24, rule=cold).token_ids == alone(model, [5, 9], 24).token_ids
+    assert speculate(model, draft, [5, 9], 3, 24, sampler=cold).token_ids == baseline(model, [5, 9], 24).token_ids
 
 
 def test_log_likelihoods_are_of_the_plain_distribution():
-    """A cold rule writes the greedy text: so whatever the temperature, the figure is the same."""
+    """A cold sampler generates the greedy text: so whatever the temperature, the figure is the same."""
     model = make_model("llama")
     draft = like(model, 0.05)
     greedy = speculate(model, draft, [5, 9], 3, 24)
-    cold = speculate(model, draft, [5, 9], 3, 24, rule=sd.Sampling(1e-6, top_k=1))
-    assert cold.rounds == greedy.rounds
+    cold = speculate(model, draft, [5, 9], 3, 24, sampler=sd.Sampling(1e-6, top_k=1))
+    assert counts_of(cold) == counts_of(greedy)
     assert cold.log_likelihood == pytest.approx(greedy.log_likelihood, rel=1e-5)
 
 
 def test_auto_works_with_sampling():
     model = make_model("llama")
-    chooser = sd.AutoLength(8, {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 9: 1.3}})
-    result = speculate(model, model, [5, 9], chooser, 64, rule=sd.Sampling(0.8))
+    chooser = sd.AutoLength({"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 9: 1.3}}, longest=8)
+    result = speculate(model, model, [5, 9], chooser, 64, sampler=sd.Sampling(0.8))
     assert len(result.token_ids) == 64
-    assert all(drafted == accepted for drafted, accepted in result.rounds)  # the same distribution: all guesses stand
-    assert max(drafted for drafted, _ in result.rounds) > 1
+    assert all(
+        drafted == accepted for drafted, accepted in counts_of(result)
+    )  # the same distribution: all are accepted
+    assert max(drafted for drafted, _ in counts_of(result)) > 1

@@ -1,0 +1,476 @@
+"""Prompts, the hub, memory, configurations, tokenizers and encodings: what is read before anything is decoded."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, baseline, counts_of, ids_of, like, make_model, speculate
+from safetensors.torch import load_file, save_file
+from test_command_line import DRAFT, MAIN, PAIR, QUICK, refused, run, write
+
+import speculative_decoding as sd
+
+BUNDLED = ROOT / "tests/tiny_gemma2"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def tokenizer_of(folder=MAIN):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def model_of(folder):
+    config = sd.read_model_files(str(folder), torch.float32).config
+    return sd.load_model(str(folder), config, torch.float32)
+
+
+def saved(folder, config, tokenizer=True):
+    """A folder with a small random model, and the bundled tokenizer."""
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    if tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copy(MAIN / name, folder / name)
+    return folder
+
+
+# The bundled pair
+
+
+def test_the_bundled_pair_is_what_it_should_be(demo):
+    _, report = demo
+    assert report["settings"]["demo"] is True
+    measured, _ = report["runs"]
+    assert 0.55 <= measured["summary"]["speculative"]["acceptance_rate"] <= 0.90
+    tokenizer = tokenizer_of()
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<eos>", "<bos>", "<unk>"]
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    assert sorted(ends) == sorted(sd.end_tokens(model_of(MAIN), tokenizer))
+    for prompt in measured["prompts"]:
+        assert 60 <= prompt["speculative"]["new_tokens"] <= 128
+        assert prompt["speculative"]["token_ids"][-1] == ends[1]
+    sizes = [file.stat().st_size for folder in (MAIN, DRAFT) for file in folder.glob("*.safetensors")]
+    assert len(sizes) == 2 and sum(sizes) < 16_000_000
+
+
+# Prompt sets
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["What does list.sort do?", "And now in French."]},
+    {"question_id": 82, "category": "writing", "turns": ["What does re.split do?"]},
+    {"question_id": "x", "category": "coding", "prompt": "What is collections.defaultdict?", "reference": [1]},
+    {"category": "writing", "prompt": "What is the itertools module for?"},
+]
+
+
+def test_question_files_run_as_they_are(tmp_path, capsys):
+    path, out = write(tmp_path / "q.jsonl", *QUESTIONS, ""), tmp_path / "out.json"
+    assert run(*QUICK, "--prompts", path, "--json", out) == 0
+    printed = capsys.readouterr().out
+    (measured,) = json.loads(out.read_text())["runs"]
+    prompts, categories = measured["prompts"], measured["categories"]
+    assert [prompt["prompt"] for prompt in prompts] == [
+        QUESTIONS[0]["turns"][0],
+        QUESTIONS[1]["turns"][0],
+        QUESTIONS[2]["prompt"],
+        QUESTIONS[3]["prompt"],
+    ]
+    assert [prompt["question_id"] for prompt in prompts] == [81, 82, "x", None]
+    assert [prompt["category"] for prompt in prompts] == ["writing", "writing", "coding", "writing"]
+    assert set(categories) == {"writing", "coding"} and categories["writing"]["identical"] == 3
+    tokens = [prompt["speculative"]["new_tokens"] for prompt in prompts]
+    assert categories["coding"]["speculative"]["new_tokens"] == tokens[2]
+    assert categories["writing"]["speculative"]["new_tokens"] == sum(tokens) - tokens[2]
+    for name in ("writing", "coding", "all prompts"):
+        assert re.search(rf"^  {name} +[\d.]+ +[+-]\d+ %", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (9, [1, 2, 3, 4])])
+def test_a_limit_is_spread_over_the_categories(tmp_path, limit, chosen):
+    path = write(tmp_path / "q.jsonl", *QUESTIONS)
+    assert [prompt.number for prompt in sd.read_prompts(str(path), limit)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{not json", "this is not JSON"),
+        ("[" * 100_000, "this is not JSON"),
+        ('["a list"]', "no text"),
+        ({"category": "x"}, "no text"),
+        ({"turns": []}, "no text"),
+        ({"turns": "a string"}, "no text"),
+        ({"prompt": 7}, "no text"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, capsys, line, expected):
+    path = write(tmp_path / "q.jsonl", QUESTIONS[0], "", line)
+    message = refused(capsys, "--demo", "--prompts", path)
+    assert f"{path}, line 3: {expected}" in message
+
+
+def test_bad_prompt_files_are_refused(tmp_path, capsys):
+    path = tmp_path / "p.txt"
+    assert "cannot read" in refused(capsys, "--demo", "--prompts", path)
+    assert "cannot read" in refused(capsys, "--demo", "--prompts", tmp_path)
+    path.write_text("# only a comment\n\n")
+    assert "no prompts" in refused(capsys, "--demo", "--prompts", path)
+    path.write_bytes(b"caf\xe9\n")
+    assert "UTF-8" in refused(capsys, "--demo", "--prompts", path)
+    assert "line 1" in refused(capsys, "--demo", "--prompts", path)
+    path.write_bytes(b"\xef\xbb\xbffirst\nsecond\ncaf\xe9\n")
+    assert "line 3" in refused(capsys, "--demo", "--prompts", path)
+    path.write_text("What is a list? " * 400 + "\n")
+    message = refused(capsys, "--demo", "--prompts", path)
+    assert f"all prompts of {path} are too long" in message and "context of 1024" in message
+
+
+def test_the_context_is_used_to_its_end(tmp_path, capsys):
+    """To the last token: also by a run that generates, and drafts, until there."""
+    path, tokenizer = tmp_path / "p.txt", tokenizer_of()
+    path.write_text("word " * 300)
+    tokens = len(sd.encode(tokenizer, path.read_text().strip(), chat=True))
+    fits = 1024 - tokens - 3 + 1
+    common = [*PAIR, "--prompts", path, "--warmup", 0, "--draft-tokens", 3, "--ignore-eos", "--max-new-tokens"]
+    assert "exceed" in refused(capsys, *common, fits + 1)
+    given = sd.parse([str(option) for option in [*common, fits]])
+    settings, _ = sd.resolve_defaults(given, torch.device("cpu"))
+    prompts = [sd.Prompt(path.read_text().strip(), 1), sd.Prompt("word " * 301, 2)]
+    (fitting,) = sd.encode_prompts(prompts, tokenizer, settings, 1024)
+    assert fitting.number == 1 and len(fitting.ids) == tokens and fitting.max_new_tokens == fits
+
+    shortest = next(n for n in range(300, 1000) if len(sd.encode(tokenizer, "word " * n, chat=True)) > 990)
+    path.write_text("word " * shortest + "\n" + "word " * 999 + "\n")
+    fits = 1024 - len(sd.encode(tokenizer, ("word " * shortest).strip(), chat=True)) - 3 + 1
+    assert 2 <= fits < 40
+    out = tmp_path / "out.json"
+    assert run(*common, fits, "--json", out) == 0
+    assert "warning: 1 of 2 prompts exceed the context of 1024: left out" in capsys.readouterr().err
+    (prompt,) = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert prompt["number"] == 1 and prompt["speculative"]["new_tokens"] == fits and prompt["identical"] is True
+
+
+# Configurations and memory, before any weights are loaded
+
+
+def test_weights_are_counted_from_the_configuration_alone(tmp_path):
+    gemma = {"vocab_size": 256000, "head_dim": 256}
+    nine = {"hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8}
+    two = {"hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
+    for name, shape, width, weights_gb in (("main", nine, 14336, 18.48), ("draft", two, 9216, 5.23)):
+        transformers.Gemma2Config(**gemma, **shape, intermediate_size=width).save_pretrained(tmp_path / name)
+        of = sd.read_model_files(str(tmp_path / name), torch.bfloat16)
+        assert of.parameters * 2 / 1e9 == pytest.approx(weights_gb, abs=0.01)
+        heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
+        assert of.bytes_per_token == 2 * heads * 256 * 2  # keys and values, of 256 numbers of 2 bytes
+
+
+@pytest.mark.parametrize("folder", [MAIN, DRAFT], ids=["main", "draft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_cache_take_what_was_counted(folder, dtype):
+    of = sd.read_model_files(str(folder), dtype)
+    model = sd.load_model(str(folder), of.config, dtype)
+    assert of.parameters == model.num_parameters() and of.name == str(folder)
+    cached = sd.CachedModel(model)
+    cached.forward(ids_of(range(50)))  # shorter than the window
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached.cache.layers)
+    assert of.bytes_per_token * 50 == stored
+
+
+@pytest.mark.parametrize("shared", [0, 2], ids=["own caches", "shared caches"])
+def test_layers_of_different_kinds_are_counted_and_decoded(tmp_path, capsys, one_prompt, shared):
+    """Gemma 4: heads of two sizes, and layers that read the cache of another layer instead of one of their own."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    sizes = {"vocab_size": 2048, "vocab_size_per_layer_input": 2048, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"hidden_size_per_layer_input": 8, "max_position_embeddings": 256, "num_kv_shared_layers": shared}
+    config = transformers.Gemma4TextConfig(**layers, **heads, **sizes, pad_token_id=0)
+    torch.manual_seed(0)
+    folder = tmp_path / "main"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(MAIN / name, folder / name)
+    of = sd.read_model_files(str(folder), torch.float32)
+    assert type(of.config) is transformers.Gemma4TextConfig
+    model = sd.load_model(str(folder), of.config, torch.float32)
+    assert of.parameters == model.num_parameters()
+    cached = sd.CachedModel(model)
+    cached.forward(ids_of(range(1, 8)))
+    stored = [layer for layer in cached.cache.layers if getattr(layer, "keys", None) is not None]
+    assert len(stored) == 4 - shared
+    assert of.bytes_per_token * 7 == sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
+    options = ["--prompts", one_prompt, "--draft-tokens", 3, "--max-new-tokens", 12, "--warmup", 0]
+    assert run("--main", folder, "--draft", DRAFT, *options) == 0
+    assert "The output is the main model's own, token for token." in capsys.readouterr().out
+
+
+def giant(folder):
+    """A folder that looks like a model of 10^13 parameters, without its weights."""
+    shape = {"hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 128, "num_attention_heads": 128}
+    transformers.Gemma2Config(vocab_size=2048, **shape).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((MAIN / name).read_bytes())
+    return folder
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capsys):
+    message = refused(capsys, "--main", giant(tmp_path / "giant"), "--draft", DRAFT)
+    needed, free = (float(number) for number in re.findall(r"([\d.]+) GB (?:in float32|free)", message))
+    assert needed > 20_000 > free
+    assert re.search(rf"main {tmp_path}/giant \d+\.\d \+ \d+\.\d, draft {DRAFT} 0\.0 \+ 0\.0\)", message)
+    assert "try a smaller pair" in message and "--device-map" not in message  # nothing else would help on a CPU
+
+
+# Models that are broken, or of another kind: status 2, and one line that says what and how
+
+
+def copied(folder, change):
+    """A copy of the bundled draft with something done to it."""
+    shutil.copytree(DRAFT, folder)
+    change(folder)
+    return folder
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def drop_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def to_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(make_model("gemma2").state_dict(), folder / "pytorch_model.bin")
+
+
+def swap_two_tokens(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(token for token in vocabulary if token.isalpha() and len(token) > 5)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def demand_remote_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
+
+
+BROKEN_DRAFTS = {
+    "truncated weights": (truncate, "cannot load"),
+    "a weight is missing": (drop_a_weight, "lacks 1 of its weights"),
+    "pickled weights": (to_pickle, "safetensors"),
+    "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot load"),
+    "another tokenizer": (swap_two_tokens, "different tokenizers"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "remote code": (demand_remote_code, "cannot load"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_DRAFTS)
+def test_broken_models_are_refused(case, tmp_path, capsys, one_prompt):
+    change, expected = BROKEN_DRAFTS[case]
+    folder = copied(tmp_path / "draft", change)
+    message = refused(capsys, "--main", MAIN, "--draft", folder, "--prompts", one_prompt)
+    assert expected in message and str(folder) in message
+
+
+def test_models_that_cannot_roll_back_are_refused(tmp_path, capsys, one_prompt):
+    small = {"vocab_size": 2048, "hidden_size": 32, "num_hidden_layers": 2}
+    mamba = saved(tmp_path / "mamba", transformers.MambaConfig(**small, state_size=4))
+    message = refused(capsys, "--main", mamba, "--draft", DRAFT, "--prompts", one_prompt)
+    assert "mamba" in message and "cannot be rolled back" in message
+    t5 = saved(tmp_path / "t5", transformers.T5Config(vocab_size=2048, d_model=32, d_kv=8, d_ff=32, num_layers=1))
+    assert "encoder-decoder" in refused(capsys, "--main", t5, "--draft", DRAFT, "--prompts", one_prompt)
+
+
+def test_models_that_are_not_there_are_refused(capsys, one_prompt):
+    message = refused(capsys, "--main", "nobody/nothing", "--prompts", one_prompt)
+    assert "nobody/nothing" in message and "--demo" in message
+    assert "no folder" in refused(capsys, "--main", "./no/such/folder", "--draft", DRAFT, "--prompts", one_prompt)
+
+
+# The hub
+
+
+def test_the_hubs_answers_are_told_apart_in_one_line(tmp_path):
+    options = ["--prompts", BUNDLED / "prompts.txt", "--limit", 1, "--max-new-tokens", 4, "--warmup", 0]
+    command = [sys.executable, ROOT / "tests/hub.py", DRAFT, "--main", MAIN, *options, "--draft-tokens", 2]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
+    results = {case: (status, said) for case, status, _, said in json.loads(done.stdout)}
+    assert done.stderr == ""  # nothing of the client's own
+    assert results["whole"][0] == results["late"][0] == 0  # downloaded, and then used without the hub
+    for case, expected in {
+        "gated": "accept its licence at https://huggingface.co/someone/gated, then `hf auth login`",
+        "gated-too": "is a gated model",
+        "gated-files": "is a gated model",
+        "hidden": "check the spelling",
+        "missing": "check the spelling",
+        "forbidden": "does not let you read someone/forbidden (status 403)",
+        "broken": "answers with status 500",
+        "cut": "cannot download someone/cut",
+        "silent": "cannot be reached: check the connection",
+        "refused": "cannot be reached: check the connection",
+    }.items():
+        status, said = results[case]
+        errors = [line for line in said.splitlines() if not line.startswith("Loading ")]
+        assert status == 2 and len(errors) == 1 and expected in errors[0], case
+    silent = next(seconds for case, _, seconds, _ in json.loads(done.stdout) if case == "silent")
+    assert silent < 15  # not the client's half minute; the server itself never answers
+
+
+def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch):
+    """The one trouble that no test can make without a disk of its own: the client's error is put in its place."""
+    monkeypatch.setattr(sd, "hub_refuses", lambda name: None)
+
+    def no_space(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sd.huggingface_hub, "snapshot_download", no_space)
+    message = refused(capsys, "--main", "someone/large", "--draft", DRAFT)
+    assert "the disk is full" in message and "HF_HOME" in message
+
+
+# Tokenizers and encodings
+
+
+def test_what_differs_between_tokenizers_is_said(tmp_path, capsys):
+    tokenizer = json.loads((DRAFT / "tokenizer.json").read_text())
+    added = next(token for token in tokenizer["added_tokens"] if token["content"] == "<end_of_turn>")
+    added["content"] = "<|im_end|>"
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<|im_end|>"] = vocabulary.pop("<end_of_turn>")
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    for file in DRAFT.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    text = json.dumps(config).replace("<end_of_turn>", "<|im_end|>")
+    (folder / "tokenizer_config.json").write_text(text)
+    message = refused(capsys, "--main", MAIN, "--draft", folder)
+    assert "different tokenizers" in message and re.search(r"'<end_of_turn>' is \d+ and nothing", message)
+    assert "family, or --draft ngram" in message
+
+
+def test_the_chat_template_is_the_models_own():
+    tokenizer = tokenizer_of()
+    ids = sd.encode(tokenizer, "Hello!", chat=True)
+    assert tokenizer.decode(ids) == "<bos><start_of_turn>user\nHello!<end_of_turn>\n<start_of_turn>model\n"
+
+
+def adding_a_bos(folder):
+    """A copy of the bundled main model, whose tokenizer begins each text with <bos>, as Gemma's own does."""
+    shutil.copytree(MAIN, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    tokenizer["post_processor"]["single"].insert(0, first)
+    tokenizer["post_processor"]["special_tokens"] = {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_text_that_begins_with_a_bos_has_it_once(tmp_path):
+    """As the prompts of some data sets begin: whether the tokenizer would add one or not."""
+    text = tokenizer_of()("Hello!")["input_ids"]
+    assert 2 not in text  # the bundled one adds none
+    for tokenizer, first in ((tokenizer_of(), []), (tokenizer_of(adding_a_bos(tmp_path / "main")), [2])):
+        assert tokenizer("Hello!")["input_ids"] == first + text and tokenizer.bos_token_id == 2
+        assert sd.encode(tokenizer, "Hello!", chat=False) == first + text
+        assert sd.encode(tokenizer, "<bos>Hello!", chat=False) == [2, *text]
+        assert sd.encode(tokenizer, "<bos><bos>Hello!", chat=False) == [2, 2, *text]  # what was written stays
+        assert sd.encode(tokenizer, "Hello!<bos>", chat=False) == [*first, *text, 2]
+        assert sd.encode(tokenizer, "Hello!", chat=True).count(2) == 1
+
+
+def test_a_prompt_with_a_bos_of_its_own_runs_like_one_without(tmp_path):
+    path, out = write(tmp_path / "p.txt", "<bos>What does zip do?", "What does zip do?"), tmp_path / "out.json"
+    pair = ["--main", adding_a_bos(tmp_path / "main"), "--draft", DRAFT, "--prompts", path, *QUICK[1:]]
+    assert run(*pair, "--no-chat-template", "--json", out) == 0
+    written, added = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert written["prompt_tokens"] == added["prompt_tokens"]
+    assert written["speculative"]["token_ids"] == added["speculative"]["token_ids"]
+
+
+def test_a_text_ends_at_the_tokenizers_end_of_text_too(tmp_path):
+    """Models whose generation config names no end of text, or another, still end where their tokenizer says."""
+    tokenizer, model = tokenizer_of(), model_of(MAIN)
+    eos, turn = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    for named, expected in (([eos, turn], {eos, turn}), (turn, {eos, turn}), ([turn], {eos, turn}), (None, {eos})):
+        model.generation_config.eos_token_id = named
+        assert sd.end_tokens(model, tokenizer) == expected
+    tokenizer.eos_token = None
+    assert sd.end_tokens(model, tokenizer) == set()
+    # And where a run ends: a main model whose generation config names only <eos>, with a tokenizer whose end of text is
+    # what these answers end with.
+    folder = tmp_path / "main"
+    shutil.copytree(MAIN, folder)
+    for file in ("generation_config.json", "config.json"):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | {"eos_token_id": eos}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<end_of_turn>"}))
+    out = tmp_path / "out.json"
+    options = ["--prompts", BUNDLED / "prompts.txt", "--limit", 1, "--draft-tokens", 3, "--warmup", 0]
+    assert run("--main", folder, "--draft", DRAFT, *options, "--json", out) == 0
+    (prompt,) = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert prompt["speculative"]["token_ids"][-1] == turn and prompt["speculative"]["new_tokens"] < 128
+
+
+def test_a_chat_template_that_fails_is_one_line(tmp_path, capsys, one_prompt):
+    for name, folder in (("main", MAIN), ("draft", DRAFT)):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    pair = ["--main", tmp_path / "main", "--draft", tmp_path / "draft", "--prompts", one_prompt]
+    assert "cannot put prompt 1 into the chat template: no such role; --no-chat" in refused(capsys, *pair)
+
+
+def test_a_padded_vocabulary_of_one_family_is_fine():
+    """Both ways: the models' sizes differ, their tokenizers do not."""
+    larger = make_model("gemma2")
+    larger.resize_token_embeddings(80)
+    main = make_model("gemma2")
+    for one, other in ((main, larger), (larger, main)):
+        result = speculate(sd.CachedModel(one, 61), sd.CachedModel(other, 61), [5, 9], 3)
+        assert result.token_ids == baseline(sd.CachedModel(one, 61), [5, 9]).token_ids
+        assert max(result.token_ids) < 61
+
+
+# Weights
+
+
+def test_a_main_model_on_the_disk_writes_the_same(tmp_path, capsys):
+    texts = []
+    for name, options in {"whole": [], "disk": ["--device-map", "auto", "--max-memory", "6MB"]}.items():
+        out = tmp_path / f"{name}.json"
+        assert run(*QUICK, "--limit", 2, "--json", out, *options) == 0
+        report = json.loads(out.read_text())
+        texts.append([prompt["speculative"]["token_ids"] for prompt in report["runs"][0]["prompts"]])
+        assert report["runs"][0]["summary"]["identical"] == 2
+    assert texts[0] == texts[1]
+    assert "offload" not in "".join(capsys.readouterr())
+
+
+def test_the_noise_draft_of_a_model_is_loaded_like_any_other(tmp_path):
+    """A round trip through a folder: what is saved is what is run."""
+    model = make_model("llama")
+    like(model, 0.05).save_pretrained(tmp_path / "draft")
+    loaded = model_of(tmp_path / "draft")
+    expected = counts_of(speculate(model, like(model, 0.05), [5, 9], 3))
+    assert counts_of(speculate(model, loaded, [5, 9], 3)) == expected and expected
