@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, always_wrong, baseline, counts_of, ids_of, like, make_model, prompt_of, speculate
+from conftest import FAMILIES, always_wrong, baseline, ids_of, like, make_model, prompt_of, speculate
 
 import speculative_decoding as sd
 
@@ -321,14 +321,14 @@ def test_a_wrong_cache_of_the_library_is_a_mismatch(monkeypatch, dtype):
 
 
 def test_a_fault_in_the_drafts_cache_costs_time_and_never_changes_the_output():
-    model, draft = pair("gemma2", torch.float32)
+    model, draft = pair("llama", torch.float32)
     main, right = sd.CachedModel(model), baseline(model, PROMPT, NEW).token_ids
-    correct = counts_of(speculate(main, draft, PROMPT, K, NEW))
-    for kind in (RollsBackTooLittle, NeverRollsBack, *CACHE_BUGS.values()):
-        broken = kind(draft)
-        broken.forward(ids_of(OTHER_TEXT))  # the text before
-        output = speculate(main, broken, PROMPT, K, NEW)
-        assert output.token_ids == right and counts_of(output) != correct  # the fault is one
+    correct = speculate(main, draft, PROMPT, K, NEW)
+    # A cache that is not emptied is none: a draft empties it itself.
+    for kind in (RollsBackTooLittle, NeverRollsBack, *(set(CACHE_BUGS.values()) - {KeepsTheTextBefore})):
+        output = speculate(main, kind(draft), PROMPT, K, NEW)
+        assert output.token_ids == right
+        assert len(output.rounds) > len(correct.rounds)
         assert sd.find_divergence(main, PROMPT, right, output.token_ids) is None
 
 
