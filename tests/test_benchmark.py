@@ -464,8 +464,8 @@ def test_the_interval_covers_the_spread_and_little_else():
     exact = sd.speedup_interval([repeated([2.0, 2.0, 2.0])] * 10, [repeated([1.0, 1.0, 1.0])] * 10)
     assert exact == pytest.approx([100.0, 100.0])
     # Prompts that gain 100 % and 300 %, five of each: of ten drawn anew, m are of the second kind, and all gain
-    # 100 + 20 m %. m has a binomial distribution, in which 2.5 % lie below 2, and as many above 8: 140 to 260 %. For ten
-    # prompts this is widened by Student's t of 9 degrees of freedom, 2.262 instead of 1.96, and by √(10 / 9).
+    # 100 + 20 m %. m has a binomial distribution, in which 2.5 % lie below 2, and as many above 8: 140 to 260 %. Over
+    # ten prompts this is widened by Student's t of 9 degrees of freedom, 2.262 instead of 1.96, and by √(10 / 9).
     baselines = [repeated([2.0]), repeated([4.0])] * 5
     interval = sd.speedup_interval(baselines, [repeated([1.0])] * 10)
     wider = 2.262 / 1.96 * math.sqrt(10 / 9)
