@@ -102,7 +102,7 @@ def test_auto_takes_up_a_draft_that_has_become_good():
         return drafted
 
     rounds(100, right=False)
-    assert chooser.alpha < 0.1 and chooser.next_rest == 64
+    assert chooser.alpha < 0.1 and chooser.next_rest == 128
     assert rounds(150, right=True) >= 8
     assert chooser.alpha > 0.9 and chooser.next_rest == 4
 

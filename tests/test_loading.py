@@ -474,3 +474,22 @@ def test_the_noise_draft_of_a_model_is_loaded_like_any_other(tmp_path):
     loaded = model_of(tmp_path / "draft")
     expected = counts_of(speculate(model, like(model, 0.05), [5, 9], 3))
     assert counts_of(speculate(model, loaded, [5, 9], 3)) == expected and expected
+
+
+ABSURD = [("num_hidden_layers", 1_000_000), ("num_hidden_layers", 0), ("sliding_window", 0), ("sliding_window", -3)]
+ABSURD += [("max_position_embeddings", -5), ("num_attention_heads", 0), ("vocab_size", 10**12), ("hidden_size", "wide")]
+
+
+@pytest.mark.parametrize(("field", "value"), ABSURD)
+def test_an_absurd_configuration_is_refused_unbuilt(tmp_path, capsys, one_prompt, monkeypatch, field, value):
+    folder = shutil.copytree(DRAFT, tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+
+    def build(*arguments, **options):
+        raise AssertionError("nothing must be built")
+
+    monkeypatch.setattr(sd.AutoModelForCausalLM, "from_config", build)
+    message = refused(capsys, "--main", folder, "--draft", folder, "--prompts", one_prompt)
+    assert str(folder) in message and field in message

@@ -529,3 +529,11 @@ def test_the_picture_shows_the_report(tmp_path, capsys):
     assert "Times as fast as the baseline" in text and "K = 1" in text and "predicted" in text and "█" in text
     assert "token for token" in text and "Loading" not in text
     assert "cannot write" in refused(capsys, *QUICK, "--limit", 1, "--svg", tmp_path / "no" / "folder.svg")
+
+
+def test_a_long_category_gives_way_to_its_figures(tokenizer):
+    """Of two alike but for their categories' names, the rows have the same figures."""
+    _, printed = report_of([result_of(1, "c" * 100), result_of(2, "short")], tokenizer)
+    table = printed[printed.index("By category") :].splitlines()[1:3]
+    assert all(len(row) <= 120 for row in table) and re.match(r"  c{30,}… ", table[0])
+    assert table[0].split()[1:] == table[1].split()[1:]
