@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, make_model
 from test_lossless import planted
 
 import speculative_decoding as sd
@@ -584,3 +584,18 @@ def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):
     assert "cannot hear from the other processes" in said or "Interrupted after" in said
     assert re.search(r"^ +mean$", printed, re.MULTILINE)  # what was measured is reported
     assert len(texts_of(out)) >= 2
+
+
+def test_steps_that_cannot_be_compiled_run_eagerly_and_that_is_said(tmp_path, capsys, one_prompt):
+    """OPT reads a number from the device while it is traced: the compiler finds no single graph."""
+    model = make_model("opt")
+    model.resize_token_embeddings(2048)
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MAIN / name, tmp_path / name)
+    pair = ["--main", tmp_path, "--draft", tmp_path, "--prompts", one_prompt, "--json", tmp_path / "out.json"]
+    assert run(*pair, "--compile", "on", "--draft-tokens", 2, "--max-new-tokens", 8, "--warmup", 0) == 0
+    printed, said = capsys.readouterr()
+    assert "warning: compiling failed, so this runs eagerly: " in printed and "Compiling step 1 of 4, after 0 s" in said
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["settings"]["compile"] == "off" and report["runs"][0]["summary"]["identical"] == 1
