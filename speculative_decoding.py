@@ -460,6 +460,9 @@ class NgramDraft(Draft):
         return torch.tensor([tokens], dtype=torch.long, device=self.device), None
 
 
+DRAFTS_WITHOUT_MODEL = {"ngram": NgramDraft}  # by their names on the command line
+
+
 @torch.no_grad()
 def decode_speculatively(
     main: CachedModel, draft: Draft, sampler: Sampler, length: FixedLength, prompt: Prompt
@@ -1752,7 +1755,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
     given = parser.parse_args(arguments)
-    if given.demo and (given.main or given.draft not in (None, "ngram")):
+    if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
         parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
     if not given.temperature and (given.top_k or given.top_p < 1):
         parser.error("--top-k and --top-p cut what tokens are sampled from: add a --temperature")
@@ -1777,7 +1780,7 @@ def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
 def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
     """The settings in force on this machine, and what the user must be told of them. Raises UsageError."""
     notice, main, draft = None, given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
-    demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, "ngram"))
+    demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, *DRAFTS_WITHOUT_MODEL))
     if demo:
         why = "This" if given.demo else "No GPU in use: this"
         notice = f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's."
@@ -1827,14 +1830,16 @@ def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int |
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
     kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
     cached = {role: kind(model, vocabulary, device) for role, model in models.items()}
-    draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else NgramDraft(device)
+    draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else DRAFTS_WITHOUT_MODEL[settings.draft](device)
     return cached["main"], draft, sampler
 
 
 def describe(console: Console, settings: Any, files: dict[str, ModelFiles], environment: dict, prompts: int) -> None:
     """Print what is about to run."""
     console.print("Speculative decoding: does the draft pay?", style="bold")
-    rows = {"draft": ("ngram", NgramDraft.description)}
+    rows = {}
+    if draft := DRAFTS_WITHOUT_MODEL.get(settings.draft):
+        rows["draft"] = (settings.draft, draft.description)
     for role, of in files.items():
         layers = counted(of.config.get_text_config().num_hidden_layers, "layer")
         rows[role] = (plain(of.name), f"{of.parameters / 1e6:,.1f} M parameters, {layers}")
@@ -1866,7 +1871,9 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     for path, option in ((settings.json, "--json"), (settings.svg, "--svg")):
         save(path, option, None)  # better to fail now than when all is measured
 
-    names = {"main": settings.main} | ({} if settings.draft == "ngram" else {"draft": settings.draft})
+    names = {"main": settings.main}
+    if settings.draft not in DRAFTS_WITHOUT_MODEL:
+        names["draft"] = settings.draft
     prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
     files = {role: read_model_files(name, dtype) for role, name in names.items()}
     tokenizer = load_tokenizer(list(names.values()))
