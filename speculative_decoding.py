@@ -1723,36 +1723,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, **texts)
     natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
     heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
-    add = parser.add_argument_group("the pair and the prompts").add_argument
-    add("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    add("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
-    add("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
-    add("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
-    add("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
-    add("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    add = parser.add_argument_group("how to decode").add_argument
-    add("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
-    add("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
+    add_argument = parser.add_argument_group("the pair and the prompts").add_argument
+    add_argument("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
+    add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
+    add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
+    add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
+    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
+    add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    add_argument = parser.add_argument_group("how to decode").add_argument
+    add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
+    add_argument("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
     lengths = "tokens that a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
-    add("--draft-tokens", metavar="K", type=draft_lengths, default=("auto",), help=lengths)
-    add("--temperature", metavar="T", type=heat, default=0.0, help="sample (default: 0, greedy)")
-    add("--top-k", metavar="N", type=natural, default=0, help="sample from the N likeliest (default: 0, all)")
-    add("--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)")
-    add("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
-    add = parser.add_argument_group("where to decode").add_argument
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
-    add("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
+    add_argument("--draft-tokens", metavar="K", type=draft_lengths, default=("auto",), help=lengths)
+    add_argument("--temperature", metavar="T", type=heat, default=0.0, help="sample (default: 0, greedy)")
+    add_argument("--top-k", metavar="N", type=natural, default=0, help="sample from the N likeliest (default: 0, all)")
+    add_argument(
+        "--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)"
+    )
+    add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
+    add_argument = parser.add_argument_group("where to decode").add_argument
+    add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
+    add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
-    add("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
-    add = parser.add_argument_group("what to measure and show").add_argument
-    add("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
-    add("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
-    add("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
-    add("--show-text", action="store_true", help="print the texts, each token by where it comes from")
-    add("--json", metavar="FILE", help="write all that was measured, after each prompt")
-    add("--svg", metavar="FILE", help="write the report as a picture")
+    add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_argument("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
+    add_argument("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
+    add_argument = parser.add_argument_group("what to measure and show").add_argument
+    add_argument("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
+    add_argument("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
+    add_argument("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
+    add_argument("--show-text", action="store_true", help="print the texts, each token by where it comes from")
+    add_argument("--json", metavar="FILE", help="write all that was measured, after each prompt")
+    add_argument("--svg", metavar="FILE", help="write the report as a picture")
     parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
     given = parser.parse_args(arguments)
     if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
