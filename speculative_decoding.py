@@ -25,14 +25,14 @@ p(x) / q(x)), and after a rejection the next token is drawn from the *residual d
 main model's distribution. Each model has a *KV cache*, the attention's keys and values of all tokens that it has read;
 what it holds of rejected tokens is removed by rolling it back.
 
-Read the file from top to bottom; parts 1 to 5 are the whole algorithm:
+Begin with part 1, and read on; parts 1 to 5 are the whole algorithm:
 
      1  a model with a KV cache that can be rolled back      7  compiled steps
      2  tokens from logits: greedy, or sampled               8  the benchmark: methods, results, every figure
      3  autoregressive decoding, the baseline                9  the report: tables, conclusions, texts, JSON
      4  speculative decoding                                10  loading: prompts, devices, models
-     5  is it lossless?                                     11  the command line
-     6  how many tokens to draft
+     5  is it lossless?                                     11  the command line (its options are part 0, before the
+     6  how many tokens to draft                                imports, so that --help need not wait for them)
 
 What is deliberately not here: batches of more than one text, and trees of draft tokens.
 """
@@ -61,8 +61,106 @@ from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # what follows takes seconds to import: Ctrl-C ends the program quietly in these, too
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+# ruff: noqa: E402
+
+# 0  The options of the command line -----------------------------------------------------------------------------------
+
+DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
+
+
+class UsageError(Exception):
+    """The program cannot do what was asked; the message is one line that says what is wrong and how to mend it."""
+
+
+def safe(text: str) -> str:
+    """Text from outside that is safe to print: � instead of escapes, bidirectional overrides, zero-width marks, …"""
+    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
+    return "".join("�" if unicodedata.category(char) in unsafe and char != "\n" else char for char in text)
+
+
+def plain(text: str) -> str:
+    """The same as one line."""
+    return safe(" ".join(text.split()))
+
+
+def between(kind: type, least: float, most: float, what: str) -> Callable[[str], float]:
+    """An argparse type: a number from `least` to `most`."""
+
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return number
+
+
+def draft_lengths(text: str) -> tuple[int | str, ...]:
+    """An argparse type: auto, a number, or several of these with commas between them."""
+    number = between(int, 1, 1000, "auto, or a number from 1 to 1000, or several with commas between them")
+    return tuple(dict.fromkeys("auto" if part == "auto" else number(part) for part in text.split(",")))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, as given. A bad one ends the program with one line and status 2."""
+    epilog = "With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo. Exit status"
+    epilog += ": 0 all well; 1 some prompt failed, or some output is not the main model's own; 2 it could not run; "
+    texts = {"description": (__doc__ or "").partition("\n")[0], "epilog": epilog + "130 interrupted."}
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, **texts)
+    natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
+    heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
+    add_argument = parser.add_argument_group("the pair and the prompts").add_argument
+    add_argument("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
+    add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
+    add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
+    add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
+    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
+    add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    add_argument = parser.add_argument_group("how to decode").add_argument
+    add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
+    add_argument("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
+    lengths = "tokens that a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
+    add_argument("--draft-tokens", metavar="K", type=draft_lengths, default=("auto",), help=lengths)
+    add_argument("--temperature", metavar="T", type=heat, default=0.0, help="sample (default: 0, greedy)")
+    add_argument("--top-k", metavar="N", type=natural, default=0, help="sample from the N likeliest (default: 0, all)")
+    add_argument(
+        "--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)"
+    )
+    add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
+    add_argument = parser.add_argument_group("where to decode").add_argument
+    add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
+    add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    add_argument("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
+    add_argument("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
+    add_argument = parser.add_argument_group("what to measure and show").add_argument
+    add_argument("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
+    add_argument("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
+    add_argument("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
+    add_argument("--show-text", action="store_true", help="print the texts, each token by where it comes from")
+    add_argument("--json", metavar="FILE", help="write all that was measured, after each prompt")
+    add_argument("--svg", metavar="FILE", help="write the report as a picture")
+    parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
+    given = parser.parse_args(arguments)
+    if not given.temperature and (given.top_k or given.top_p < 1):
+        parser.error("--top-k and --top-p cut what tokens are sampled from: add a --temperature")
+    if 0 < given.temperature < 0.001:
+        parser.error("--temperature is 0 or at least 0.001: less is rounded away")
+    if given.device_map and given.compile == "on":
+        parser.error("--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on")
+    if given.max_memory and not given.device_map:
+        parser.error("--max-memory says how --device-map auto spreads the main model: add that")
+    return given
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quietly, also while it imports
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: nobody reads it
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # for terminals and files that lack a character of the report
+    parse(None)  # --help and mistakes are answered before the imports, which take seconds
 
 import accelerate
 import huggingface_hub
@@ -851,10 +949,6 @@ def compile_steps(
 SAMPLED = "sampled"  # why sampled outputs cannot be compared
 
 
-class UsageError(Exception):
-    """The program cannot do what was asked; the message is one line that says what is wrong and how to mend it."""
-
-
 @contextlib.contextmanager
 def cli_errors(what: str, hint: str) -> Iterator[None]:
     """Make a UsageError of any error: broken files and folders can make libraries raise anything."""
@@ -864,17 +958,6 @@ def cli_errors(what: str, hint: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UsageError(f"cannot {what}: {first_line(error)}; {hint}") from error
-
-
-def safe(text: str) -> str:
-    """Text from outside that is safe to print: � instead of escapes, bidirectional overrides, zero-width marks, …"""
-    unsafe = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, format, surrogate, private, unassigned, separators
-    return "".join("�" if unicodedata.category(char) in unsafe and char != "\n" else char for char in text)
-
-
-def plain(text: str) -> str:
-    """The same as one line."""
-    return safe(" ".join(text.split()))
 
 
 def first_line(error: BaseException) -> str:
@@ -1694,84 +1777,6 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
 # 11  The command line -------------------------------------------------------------------------------------------------
 
 BUNDLED = pathlib.Path(__file__).resolve().parent / "tests" / "tiny_gemma2"
-DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
-
-
-def between(kind: type, least: float, most: float, what: str) -> Callable[[str], float]:
-    """An argparse type: a number from `least` to `most`."""
-
-    def number(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if least <= (value := kind(text)) <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-
-    return number
-
-
-def draft_lengths(text: str) -> tuple[int | str, ...]:
-    """An argparse type: auto, a number, or several of these with commas between them."""
-    number = between(int, 1, 1000, "auto, or a number from 1 to 1000, or several with commas between them")
-    return tuple(dict.fromkeys("auto" if part == "auto" else number(part) for part in text.split(",")))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options, as given. A bad one ends the program with one line and status 2."""
-    epilog = "With no accelerator and no model named, the bundled pair of tiny models runs, as with --demo. Exit status"
-    epilog += ": 0 all well; 1 some prompt failed, or some output is not the main model's own; 2 it could not run; "
-    texts = {"description": (__doc__ or "").partition("\n")[0], "epilog": epilog + "130 interrupted."}
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False, **texts)
-    natural, positive = (between(int, n, 2**40, f"a whole number of at least {n}") for n in (0, 1))
-    heat, share = between(float, 0, 100, "a number from 0 to 100"), between(float, 1e-6, 1, "a number above 0, up to 1")
-    add_argument = parser.add_argument_group("the pair and the prompts").add_argument
-    add_argument("--main", metavar="MODEL", help=f"Hugging Face id or local folder (default: {DEFAULT_MAIN})")
-    add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
-    add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
-    add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
-    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
-    add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
-    add_argument = parser.add_argument_group("how to decode").add_argument
-    add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
-    add_argument("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
-    lengths = "tokens that a round drafts: auto (the default), a number, or several to compare, as 1,2,4"
-    add_argument("--draft-tokens", metavar="K", type=draft_lengths, default=("auto",), help=lengths)
-    add_argument("--temperature", metavar="T", type=heat, default=0.0, help="sample (default: 0, greedy)")
-    add_argument("--top-k", metavar="N", type=natural, default=0, help="sample from the N likeliest (default: 0, all)")
-    add_argument(
-        "--top-p", metavar="P", type=share, default=1.0, help="from the likeliest that add up to P (default: 1)"
-    )
-    add_argument("--seed", metavar="S", type=natural, default=0, help="of the random numbers (default: 0)")
-    add_argument = parser.add_argument_group("where to decode").add_argument
-    add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the steps (auto: on CUDA)")
-    add_argument("--device", metavar="D", default="auto", help="cpu, cuda, cuda:1, mps, … (default: a GPU, else cpu)")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
-    add_argument("--device-map", choices=["auto"], help="spread the main model over all GPUs, the CPU and the disk")
-    add_argument("--max-memory", metavar="SIZE", help="of that, on the first device: at most, e.g. 10GB")
-    add_argument = parser.add_argument_group("what to measure and show").add_argument
-    add_argument("--compare", choices=["transformers"], help="also measure its own generate(), alone and assisted")
-    add_argument("--repeats", metavar="N", type=positive, default=1, help="of each run; the median counts (default: 1)")
-    add_argument("--warmup", metavar="N", type=natural, default=1, help="runs of each before any counts (default: 1)")
-    add_argument("--show-text", action="store_true", help="print the texts, each token by where it comes from")
-    add_argument("--json", metavar="FILE", help="write all that was measured, after each prompt")
-    add_argument("--svg", metavar="FILE", help="write the report as a picture")
-    parser.error = lambda message: parser.exit(2, f"error: {plain(message)}; see --help\n")
-    given = parser.parse_args(arguments)
-    if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
-        parser.error("--demo brings its own models: leave out --main and --draft, or --demo")
-    if not given.temperature and (given.top_k or given.top_p < 1):
-        parser.error("--top-k and --top-p cut what tokens are sampled from: add a --temperature")
-    if 0 < given.temperature < 0.001:
-        parser.error("--temperature is 0 or at least 0.001: less is rounded away")
-    if given.device_map and given.compile == "on":
-        parser.error("--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on")
-    if given.max_memory and not given.device_map:
-        parser.error("--max-memory says how --device-map auto spreads the main model: add that")
-    try:
-        accelerate.utils.convert_file_size_to_int(given.max_memory or 0)
-    except ValueError:
-        parser.error(f"--max-memory {given.max_memory}: write a size such as 10GB or 500MB")
-    return given
 
 
 def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
@@ -1781,6 +1786,10 @@ def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
 
 def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
     """The settings in force on this machine, and what the user must be told of them. Raises UsageError."""
+    if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
+        raise UsageError("--demo brings its own models: leave out --main and --draft, or --demo")
+    with cli_errors(f"take --max-memory {given.max_memory}", "write a size such as 10GB or 500MB"):
+        accelerate.utils.convert_file_size_to_int(given.max_memory or 0)
     notice, main, draft = None, given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
     demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, *DRAFTS_WITHOUT_MODEL))
     if demo:
@@ -1975,10 +1984,6 @@ def run(given: argparse.Namespace, scratch: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: nobody reads it
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # for terminals and files that lack a character of the report
     given = parse(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -166,10 +166,19 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
     ],
 )
 def test_bad_options_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
+    try:
+        status = run(*arguments)
+    except SystemExit as ended:
+        status = ended.code
     said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: ")
+    assert status == 2 and len(said) == 1 and said[0].startswith("error: ")
+
+
+def test_help_and_mistakes_are_answered_before_the_slow_imports():
+    """-S leaves out site-packages, so that torch and the rest cannot even be found."""
+    for arguments, status in ((["--help"], 0), (["--draft-tokens", "0"], 2), (["--demo"], 1)):
+        command = [sys.executable, "-I", "-S", sd.__file__, *arguments]
+        assert subprocess.run(command, capture_output=True).returncode == status
 
 
 def test_the_help_names_the_exit_statuses(capsys):
