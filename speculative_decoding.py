@@ -975,6 +975,7 @@ class Method:
     decode: Callable[[Prompt], Generation]
     draft_tokens: int | str | None = None  # K, or "auto"; None: it drafts nothing
     costs: dict | None = None  # of `measure_costs`, if it uses them
+    weights_gb: float | None = None  # of the main model, which a step of the baseline reads
     library: str | None = None  # what it is, if it is not ours but transformers'
     error: str | None = None  # why it cannot run
 
@@ -987,6 +988,7 @@ class Outcome:
     error: str | None = None
     divergence: Divergence | None = None  # from the baseline's output: the worst of all repeats
     unchecked: str | None = None  # why its output could not be compared with the baseline's
+    peak_memory_gb: float | None = None
 
     @property
     def run(self) -> Generation:
@@ -1019,6 +1021,7 @@ class Result:
 def our_methods(main: CachedModel, draft: Draft, sampler: Sampler, lengths: tuple, prompt: Prompt) -> list[Method]:
     """The baseline, and speculative decoding with each draft length; costs are measured behind a prompt."""
     methods = [Method("baseline", functools.partial(decode_autoregressively, main, sampler))]
+    weights_gb = sum(weight.numel() * weight.element_size() for weight in main.model.parameters()) / 1e9
     for k in lengths:
         model = main.limited_to(verify_widths(k)) if isinstance(main, CompiledModel) else main
         length, costs, error = FixedLength(k), None, None
@@ -1029,7 +1032,7 @@ def our_methods(main: CachedModel, draft: Draft, sampler: Sampler, lengths: tupl
             except Exception as failure:  # above all: out of memory
                 error = f"what passes cost cannot be measured: {first_line(failure)}"
         decode = functools.partial(decode_speculatively, model, draft, sampler, length)
-        methods.append(Method(f"K = {k}", decode, k, costs, error=error))
+        methods.append(Method(f"K = {k}", decode, k, costs, weights_gb, error=error))
     return methods
 
 
@@ -1069,8 +1072,37 @@ def decode_by_generate(main: CachedModel, draft: Draft | None, sampler: Sampler,
     return Generation(prompt, tokens, now(main.device) - start)
 
 
+def peak_memory_gb(device: torch.device | None, reset: bool = False) -> float | None:
+    """The most memory held on an accelerator since the last reset, or else by this process in all its life, in GB."""
+    if device and device.type in ("cuda", "xpu"):
+        if reset:
+            torch.accelerator.reset_peak_memory_stats(device)
+        return torch.accelerator.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def memory_bandwidth_gb_s(device: torch.device) -> float:
+    """What the device's memory delivers, in GB/s: the best of a few matrix-vector products, which read 512 MB each."""
+    matrix, vector = torch.ones(2**15, 2**12, device=device), torch.ones(2**12, device=device)
+    marks = [now(device)]
+    for _ in range(6):  # the first one warms up
+        torch.mv(matrix, vector)
+        marks.append(now(device))
+    return matrix.nbytes / 1e9 / min(end - start for start, end in itertools.pairwise(marks[1:]))
+
+
 def benchmark(
-    prompts: list[Prompt], methods: list[Method], check: Callable, repeats=1, warmup=1, announce=lambda *_: None
+    prompts: list[Prompt],
+    methods: list[Method],
+    check: Callable[[Result], None],
+    repeats: int = 1,
+    warmup: int = 1,
+    announce: Callable[[Prompt, str], None] = lambda *_: None,
+    device: torch.device | None = None,
 ) -> Iterator[Result]:
     """Decode each prompt with all methods; yield its Result, once `check` has seen it. `announce`: told of each run."""
     cold = {method.label for method in methods}
@@ -1088,7 +1120,9 @@ def benchmark(
                         method.decode(prompt)
                     cold.discard(method.label)
                     announce(prompt, method.label)
+                    peak_memory_gb(device, reset=True)
                     outcome.runs.append(method.decode(prompt))
+                    outcome.peak_memory_gb = peak_memory_gb(device)
                 except Exception as error:  # above all: out of memory. It costs this outcome only.
                     outcome.error = first_line(error)
         check(result)
@@ -1143,6 +1177,7 @@ def speed(outcomes: list[Outcome]) -> dict:
         "latency_max_s": statistics.mean(map(max, latencies)),
         "time_to_first_token_s": statistics.mean(first_s) if all(first_s) else None,
         "time_per_output_token_s": ratio(decoding_s, sum(tokens) - len(tokens)),
+        "peak_memory_gb": max((one.peak_memory_gb for one in outcomes if one.peak_memory_gb), default=None),
     }
 
 
@@ -1194,6 +1229,36 @@ def expected_speedup(alpha: float | None, lengths: list[int], c: float | None, v
     return tokens / sum(k * c + v if k else 1 for k in lengths)
 
 
+def speedup_if(baseline_s: float | None, seconds: float, rounds: list[Round], step_s: float | None) -> dict:
+    """What holds it back: the speedups in percent with a free draft, with a perfect one, with passes for a step's time.
+
+    From the times of the rounds as they were. seconds: of all the output, and baseline_s: of the baseline for as much.
+    """
+    drafting, saved = [one for one in rounds if one.drafted], {}
+    if drafting and step_s:
+        drafted, accepted = sum(one.drafted for one in drafting), sum(one.accepted for one in drafting)
+        needless = (drafted - accepted) / (len(rounds) + drafted)  # of the rounds, if each yielded all that it drafted
+        saved["free_draft"] = sum(one.draft_s for one in drafting)
+        saved["perfect_draft"] = needless * sum(one.round_s for one in rounds)
+        saved["free_verify"] = sum(one.verify_s - step_s for one in drafting)
+    kinds = ("free_draft", "perfect_draft", "free_verify")
+    return {kind: as_percent(ratio(baseline_s, seconds - saved[kind])) if saved else None for kind in kinds}
+
+
+def break_even_alpha(c: float | None, v: float | None) -> float | None:
+    """The α from which drafting pays, with the best K of 1 to 32: 1 + α + … + α^K > K·c + v. None if it never does."""
+
+    def pays(alpha: float) -> bool:
+        return any(sum(alpha**i for i in range(k + 1)) > k * c + v for k in range(1, 33))
+
+    if c is None or v is None or not pays(1.0):
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):  # bisection
+        low, high = (low, (low + high) / 2) if pays((low + high) / 2) else ((low + high) / 2, high)
+    return high
+
+
 def speedup_interval(baselines: list[Outcome], outcomes: list[Outcome]) -> list[float] | None:
     """The speedup's 95 % interval in percent: percentile bootstrap, 2,000 resamples over prompts, then over repeats.
 
@@ -1242,6 +1307,11 @@ class Comparison:
             "predicted_speedup_percent": as_percent(expected_speedup(alpha, lengths, c, v)),
             "ideal_speedup_percent": as_percent(expected_speedup(alpha, lengths, c, 1.0)),
         }
+        seconds = sum(one.latency_s for one in outcomes)
+        baseline_s = ratio(self.method["new_tokens"], self.baseline["tokens_per_s"])
+        self.figures["speedup_if_percent"] = speedup_if(baseline_s, seconds, rounds, step_s)
+        self.figures["break_even_alpha"] = break_even_alpha(c, v)
+        self.figures["weight_bandwidth_gb_s"] = ratio(method.weights_gb, step_s)
         self.figures |= {"baseline_step_s": step_s, "draft_step_s": draft_step_s, "verify_pass_s": verify_pass_s}
         self.figures |= {"draft_cost": c, "verify_cost": v}  # in baseline steps: the c of Leviathan et al., and v
         kinds = Counter(one.divergence.kind if one.divergence else one.unchecked for one in outcomes)
@@ -1387,8 +1457,11 @@ def print_text(console: Console, tokenizer, run: Generation) -> None:
     console.print(Text.assemble(*styled, "\n"))
 
 
-def conclusions(best: Comparison, means: list[Comparison], results: list[Result]) -> list[str]:
-    """The result in sentences that a person can quote: is it faster, by how much, why, what to change, is it right."""
+def conclusions(best: Comparison, means: list[Comparison], results: list[Result], memory: float | None) -> list[str]:
+    """The result in sentences that a person can quote: is it faster, by how much, why, what to change, is it right.
+
+    `memory`: what the device's memory delivers, in GB/s.
+    """
     figures, did, label = best.figures, best.method, best.of.label
     gained, v, length = figures["speedup_percent"], figures["verify_cost"], did["mean_acceptance_length"]
     ours, auto, lines = [one for one in means if not one.of.library], best.of.draft_tokens == "auto", []
@@ -1421,6 +1494,24 @@ def conclusions(best: Comparison, means: list[Comparison], results: list[Result]
     spent = sum(did[f"{part}_s"] for part in parts)
     shares = [f"{percent(did[f'{part}_s'], whole=spent)} {words}" for part, words in parts.items()]
     lines.append(f"Its time went to {', '.join(shares)}.")
+    what_if = (
+        percent(figures["speedup_if_percent"][kind], "+") for kind in ("free_draft", "perfect_draft", "free_verify")
+    )
+    lines.append(
+        "With a draft that cost nothing it would be {}, with one that is always right {}, and with verify passes as "
+        "cheap as baseline steps {}.".format(*what_if)
+    )
+    if (least := figures["break_even_alpha"]) is None:
+        lines.append("At these c and v no draft pays, however often it is right.")
+    else:
+        lines.append(f"At these c and v a draft pays from α = {number(least)} on, with the best K.")
+    if memory and (read := figures["weight_bandwidth_gb_s"]):
+        waits = "this is what it waits for, and where speculation pays."
+        if read < memory / 2:
+            waits = "it waits for something else, eager steps mostly for Python and kernel launches (--compile on)."
+        lines.append(
+            f"The baseline reads {number(read)} GB of weights a second, memory can deliver {number(memory)}: {waits}"
+        )
     if gained < 0:
         hint = "" if auto else "--draft-tokens auto, or "
         lines.append(f"The draft does not pay here. Try {hint}a draft that is smaller, or right more often.")
@@ -1460,8 +1551,10 @@ def verdicts(ours: list[Comparison], results: list[Result]) -> list[str]:
 class Report:
     """The report as it grows: after each prompt its rows and its part of the JSON, at the end what follows from all."""
 
-    def __init__(self, console: Console, methods: list[Method], tokenizer):  # the baseline first
+    def __init__(self, console: Console, methods: list[Method], tokenizer, memory_bandwidth: float | None = None):
+        """`methods`: the baseline first. `memory_bandwidth`: what the device's memory delivers, in GB/s."""
         self.console, self.tokenizer, self.methods, self.results = console, tokenizer, methods[1:], []
+        self.memory_bandwidth = memory_bandwidth
         self.parts = {}  # of the JSON, by the method's label
         for one in self.methods:
             part = {"method": one.library, "draft_tokens": one.draft_tokens, "costs": one.costs}
@@ -1486,8 +1579,8 @@ class Report:
             for did, run in ((one.baseline, result.baseline.run), (one.method, outcome.run)):
                 text = self.tokenizer.decode(run.token_ids, skip_special_tokens=True)
                 did |= {"first_token_s": run.first_token_s or None, "text": text, "token_ids": run.token_ids}
-            for count in ("drafted", "accepted"):
-                one.method[f"rounds_{count}"] = [getattr(each, count) for each in outcome.run.rounds]
+            for key, of in (("rounds_drafted", "drafted"), ("rounds_accepted", "accepted"), ("rounds_s", "round_s")):
+                one.method[key] = [getattr(each, of) for each in outcome.run.rounds]
             divergence = outcome.divergence and dataclasses.asdict(outcome.divergence)
             identical = None if outcome.unchecked else not divergence
             part |= one.json | {"identical": identical, "divergence": divergence, "unchecked": outcome.unchecked}
@@ -1531,7 +1624,7 @@ class Report:
         bars = [(f"token {place}", share) for place, share in enumerate(joint, 1)]
         title = f"Draft tokens accepted, and all before them, by position in a round ({label})"
         print_chart(self.console, title, bars, functools.partial(percent, whole=1))
-        for line in conclusions(best, list(means.values()), self.results):
+        for line in conclusions(best, list(means.values()), self.results, self.memory_bandwidth):
             self.console.print(line)
 
     def status(self) -> int:
@@ -1903,7 +1996,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     environment = {"device": device.type, "device_name": device_name(device), "dtype": settings.dtype}
     environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
     environment |= {"python": platform.python_version(), "torch": torch.__version__}
-    environment |= {"transformers": transformers.__version__}
+    environment |= {"transformers": transformers.__version__, "memory_bandwidth_gb_s": None}
     describe(console, settings, files, environment, len(prompts))
     errors.print(f"Loading {' and '.join(map(plain, names.values()))} …", style="dim")
     models = {}
@@ -1917,6 +2010,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         models[role] = load_model(of.name, of.config, dtype, **placement)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
+    environment["memory_bandwidth_gb_s"] = memory_bandwidth_gb_s(device)
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
@@ -1930,7 +2024,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)
-    report = Report(console, methods, tokenizer)
+    report = Report(console, methods, tokenizer, environment["memory_bandwidth_gb_s"])
 
     def write_json(complete: bool) -> None:
         told = {"environment": environment, "settings": dataclasses.asdict(settings) | {"compile_s": compile_s}}
@@ -1950,7 +2044,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         bar.update(task, description=f"prompt {prompt.number}: {what}", advance=1, refresh=True)
 
     check = functools.partial(check_outputs, main, bool(settings.temperature))
-    results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce)
+    results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce, device)
     stopped = None
     try:
         for _ in range(0, len(prompts), world.num_processes):

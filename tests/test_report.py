@@ -65,7 +65,7 @@ def conclusions_of(results, tokenizer, methods=METHODS[:2]):
 # The JSON
 
 BOTH = {"new_tokens", "latency_s", "tokens_per_s", "mean_tokens_per_s", "latency_min_s", "latency_max_s"}
-BOTH |= {"time_to_first_token_s", "time_per_output_token_s"}
+BOTH |= {"time_to_first_token_s", "time_per_output_token_s", "peak_memory_gb"}
 RATES = {"rounds", "drafted", "accepted", "acceptance_rate", "alpha", "tokens_per_round", "mean_acceptance_length"}
 RATES |= {"acceptance_by_position", "acceptance_histogram", "drafted_per_round", "drafted_histogram", "round_s"}
 RATES |= {"log_likelihood", "log_likelihood_per_token", "prefill_s", "draft_s", "verify_s", "other_s"}
@@ -73,7 +73,7 @@ OUTPUT = BOTH | {"first_token_s", "text", "token_ids"}
 FIGURES = {"speedup_percent", "decode_speedup_percent", "geometric_mean_speedup_percent", "speedup_range_percent"}
 FIGURES |= {"speedup_interval_percent", "predicted_speedup_percent", "ideal_speedup_percent", "baseline_step_s"}
 FIGURES |= {"draft_step_s", "verify_pass_s", "draft_cost", "verify_cost", "identical", "ties", "mismatches"}
-FIGURES |= {"unchecked"}
+FIGURES |= {"unchecked", "speedup_if_percent", "break_even_alpha", "weight_bandwidth_gb_s"}
 
 
 def test_the_json_holds_what_the_design_promises(demo):
@@ -81,6 +81,7 @@ def test_the_json_holds_what_the_design_promises(demo):
     environment = {"device", "device_name", "dtype", "threads", "processes", "python", "torch", "transformers"}
     assert set(report) == {"environment", "settings", "runs", "compared", "complete"}
     assert set(report["environment"]) >= environment and report["complete"] is True
+    assert 0.5 < report["environment"]["memory_bandwidth_gb_s"] < 20_000
     options = "main draft demo prompts max_new_tokens draft_tokens device dtype repeats warmup ignore_eos json"
     assert set(report["settings"]) >= {*options.split(), "no_chat_template", "compile", "compile_s", "seed"}
     fixed, auto = report["runs"]
@@ -93,7 +94,7 @@ def test_the_json_holds_what_the_design_promises(demo):
             keys = {"prompt", "prompt_tokens", "number", "category", "question_id", "error", "divergence"}
             assert set(prompt) == keys | FIGURES | {"baseline", "speculative"}
             assert set(prompt["baseline"]) == OUTPUT
-            assert set(prompt["speculative"]) == OUTPUT | RATES | {"rounds_drafted", "rounds_accepted"}
+            assert set(prompt["speculative"]) == OUTPUT | RATES | {"rounds_drafted", "rounds_accepted", "rounds_s"}
             assert prompt["identical"] is True and prompt["divergence"] is prompt["error"] is None
         summary = measured["summary"]
         assert set(summary) == {"baseline", "speculative"} | FIGURES
@@ -446,9 +447,32 @@ def test_the_conclusions_are_the_figures_in_words(tokenizer):
         f"With K = 3, these predict {predicted:+.0f} %; ideal, if verifying cost one step: {ideal:+.0f} %.",
         # Of 1.5 s: 0.6 of verify passes, 0.18 of drafting; rounds of 0.9 s in all.
         "Its time went to 40 % verifying, 12 % drafting, 40 % reading the prompts, 8 % all else.",
+        # The baseline takes 3 s for as many tokens. 8 of 18 draft tokens are accepted: 14 of 24 rounds' tokens.
+        f"With a draft that cost nothing it would be {100 * (3 / (1.5 - 0.18) - 1):+.0f} %, with one that is always "
+        f"right {100 * (3 / (1.5 - 0.9 * 10 / 24) - 1):+.0f} %, and with verify passes as cheap as baseline steps "
+        f"{100 * (3 / (1.5 - 0.6 + 6 * step_s) - 1):+.0f} %.",
+        f"At these c and v a draft pays from α = {c + v - 1 if c + v > 1 else 0:.3f} on, with the best K.",
         "All 2 outputs are the main model's own, token for token.",
     ]
     assert [line for line in said.splitlines() if not line.startswith("These figures cannot all be right")] == expected
+
+
+def test_how_near_the_baseline_is_to_the_memorys_limit(tokenizer):
+    methods = [METHODS[0], sd.Method("K = 3", None, 3, weights_gb=0.99)]  # in 0.099 s: 10 GB/s
+    for memory, expected in ((18.0, "is what it waits for, and where speculation pays"), (40.0, "(--compile on)")):
+        report = sd.Report(console := console_of(4000), methods, tokenizer, memory)
+        report.add(result_of(methods=methods), show_text=False)
+        report.finish()
+        said = console.file.getvalue()
+        assert f"reads 10.0 GB of weights a second, memory can deliver {memory}: " in said and expected in said
+    assert "GB of weights" not in conclusions_of([result_of()], tokenizer)  # where nothing is known of the memory
+
+
+def test_a_draft_that_no_acceptance_could_save(tokenizer):
+    result = result_of()
+    result.outcomes["K = 3"].runs[0].rounds = [sd.Round(3, 3, 0.6, 0.1, 0.75)] * 3  # each draft step takes two others
+    said = conclusions_of([result], tokenizer)
+    assert "At these c and v no draft pays, however often it is right." in said
 
 
 def test_a_draft_that_does_not_pay_comes_with_advice(tokenizer):
