@@ -2010,7 +2010,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         models[role] = load_model(of.name, of.config, dtype, **placement)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
-    environment["memory_bandwidth_gb_s"] = memory_bandwidth_gb_s(device)
+    with contextlib.suppress(Exception):  # no memory left for it: then nothing is said of it
+        environment["memory_bandwidth_gb_s"] = memory_bandwidth_gb_s(device)
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
