@@ -95,13 +95,14 @@ def between(kind: type, least: float, most: float, what: str) -> Callable[[str],
     return number
 
 
-def json_object(text: str) -> dict:
-    """An argparse type: a JSON object (and no NaN, which would spoil the JSON of the run)."""
+def template_args(text: str) -> dict:
+    """An argparse type: a JSON object, arguments of the chat template; without NaN, as it is written as JSON again."""
+    ours = {"self", "conversation", "messages", "chat_template", "add_generation_prompt", "tokenize"}
     with contextlib.suppress(ValueError, RecursionError):
-        json.dumps(value := json.loads(text), allow_nan=False)
-        if isinstance(value, dict):
-            return value
-    raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"enable_thinking": false}}')
+        json.dumps(given := json.loads(text), allow_nan=False)
+        if isinstance(given, dict) and not ours & given.keys():
+            return given
+    raise argparse.ArgumentTypeError(f'{text!r} is no JSON object for the template, as {{"enable_thinking": false}}')
 
 
 def draft_lengths(text: str) -> tuple[int | str, ...]:
@@ -126,7 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_argument("--limit", metavar="N", type=positive, help="take N questions, spread evenly over their categories")
     add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
     switches = """of the chat template, e.g. '{"enable_thinking": false}'"""
-    add_argument("--chat-template-args", metavar="JSON", type=json_object, help=switches)
+    add_argument("--chat-template-args", metavar="JSON", type=template_args, help=switches)
     add_argument = parser.add_argument_group("how to decode").add_argument
     add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
     add_argument("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")

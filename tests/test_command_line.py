@@ -167,6 +167,8 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
         ["--chat-template-args", "[" * 100_000],
         ["--chat-template-args", '{"x": NaN}'],
         ["--chat-template-args", '{"x": 1e999}'],
+        ["--chat-template-args", '{"x": 1, "chat_template": "x"}'],
+        ["--chat-template-args", '{"tokenize": false}'],
         ["--chat-template-args", '{"x": 1}', "--no-chat-template"],
         ["--device-map", "auto", "--max-memory", "plenty"],
         ["stray"],

@@ -535,7 +535,7 @@ def test_arguments_for_the_chat_template_reach_it(tmp_path, capsys, one_prompt):
         tokens.append(report["runs"][0]["prompts"][0]["prompt_tokens"])
     without = len(tokenizer_of()("What does heapq.merge do?")["input_ids"])
     assert tokens[0] == tokens[1] > tokens[2] == without
-    for bad in ({"more": "x"}, {"tokenize": True}, {"add_generation_prompt": False}, {"messages": []}, {"self": 1}):
+    for bad in ({"more": "x"}, {"tools": 3}, {"continue_final_message": True}):
         message = refused(capsys, *pair, "--chat-template-args", json.dumps(bad))
         assert "cannot put prompt 1 into the chat template: " in message and "check --chat-template-args" in message
     (tmp_path / "main" / "chat_template.jinja").unlink()
