@@ -95,6 +95,16 @@ def between(kind: type, least: float, most: float, what: str) -> Callable[[str],
     return number
 
 
+def template_args(text: str) -> dict:
+    """An argparse type: a JSON object, arguments of the chat template; without NaN, as it is written as JSON again."""
+    ours = {"self", "conversation", "messages", "chat_template", "add_generation_prompt", "tokenize"}
+    with contextlib.suppress(ValueError, RecursionError):
+        json.dumps(given := json.loads(text), allow_nan=False)
+        if isinstance(given, dict) and not ours & given.keys():
+            return given
+    raise argparse.ArgumentTypeError(f'{text!r} is no JSON object for the template, as {{"enable_thinking": false}}')
+
+
 def draft_lengths(text: str) -> tuple[int | str, ...]:
     """An argparse type: auto, a number, or several of these with commas between them."""
     number = between(int, 1, 1000, "auto, or a number from 1 to 1000, or several with commas between them")
@@ -114,8 +124,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_argument("--draft", metavar="MODEL", help=f"a smaller model, or ngram: no model (default: {DEFAULT_DRAFT})")
     add_argument("--demo", action="store_true", help="the bundled pair and its own prompts, offline, in seconds")
     add_argument("--prompts", metavar="FILE", help="one a line, or .jsonl as Spec-Bench has (default: prompts.txt)")
-    add_argument("--limit", metavar="N", type=positive, help="take N prompts, spread evenly over their categories")
+    add_argument("--limit", metavar="N", type=positive, help="take N questions, spread evenly over their categories")
     add_argument("--no-chat-template", action="store_true", help="feed the prompts as they are")
+    switches = """of the chat template, e.g. '{"enable_thinking": false}'"""
+    add_argument("--chat-template-args", metavar="JSON", type=template_args, help=switches)
     add_argument = parser.add_argument_group("how to decode").add_argument
     add_argument("--max-new-tokens", metavar="N", type=positive, default=128, help="default: 128")
     add_argument("--ignore-eos", action="store_true", help="generate exactly N tokens, past the end of a text")
@@ -147,6 +159,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--top-k and --top-p cut what tokens are sampled from: add a --temperature")
     if 0 < given.temperature < 0.001:
         parser.error("--temperature is 0 or at least 0.001: less is rounded away")
+    if given.no_chat_template and given.chat_template_args:
+        parser.error("--no-chat-template leaves no template for --chat-template-args: leave out one of them")
     if given.device_map and given.compile == "on":
         parser.error("--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on")
     if given.max_memory and not given.device_map:
@@ -256,8 +270,8 @@ class Sampler:
     the accepted draft tokens, and one token of the main model's own. For this the host waits for the device.
     """
 
-    def restart(self, number: int) -> None:
-        """Begin the text of this number: its random numbers depend on nothing but the number and the seed."""
+    def restart(self, number: int, turn: int | None = None) -> None:
+        """Begin the text of this number and turn: its random numbers depend on nothing but these and the seed."""
 
     def uniform(self, count: int) -> Tensor | None:
         """Random numbers in [0, 1), [count], float32; None if the sampler needs none."""
@@ -321,8 +335,8 @@ class Sampling(Sampler):
         n, token, *drafted = torch.cat([accepted, draw(following, uniform[-1:])[0], draft_ids]).tolist()
         return [*drafted[:n], token]
 
-    def restart(self, number: int) -> None:
-        self.generator.manual_seed(self.seed * 2**20 + number)
+    def restart(self, number: int, turn: int | None = None) -> None:
+        self.generator.manual_seed(self.seed * 2**20 + number + 2**16 * ((turn or 1) - 1))
 
     def uniform(self, count: int) -> Tensor:
         return torch.rand(count, generator=self.generator, device=self.generator.device)
@@ -369,15 +383,26 @@ def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt, and where its output ends."""
+    """A question or one turn of it, and where its output ends."""
 
     text: str
-    number: int  # in its file, from 1; random numbers depend on it
+    number: int  # of the question in its file, from 1; random numbers depend on it
     category: str | None = None
     question_id: str | int | None = None
+    turn: int | None = None  # from 1; None: the question has only one
+    earlier: tuple[dict, ...] = ()  # the messages before the text: {"role": …, "content": …}
+    later: tuple[str, ...] = ()  # what the user says in the turns to come
+    longest: int = 0  # a bound for the tokens of the last turn's prompt
+    error: str | None = None  # why it cannot be decoded
     ids: tuple[int, ...] = ()  # n ≥ 1
     max_new_tokens: int = 128
     end_ids: frozenset[int] = frozenset()  # end-of-text tokens: the output ends with the first of them
+
+    @property
+    def label(self) -> str:
+        """What the report calls it: the question's id or number, and the turn, e.g. "81.2"."""
+        name = self.number if self.question_id in (None, "") else self.question_id
+        return plain(f"{name}.{self.turn}" if self.turn else str(name))
 
 
 class Round(NamedTuple):
@@ -423,7 +448,7 @@ def decode_autoregressively(main: CachedModel, sampler: Sampler, prompt: Prompt)
     """Decode with the main model alone: one forward pass for each token."""
     output, prompt_ids = Generation(prompt), torch.tensor([prompt.ids], device=main.device)  # [1, n]
     start = now(main.device)
-    sampler.restart(prompt.number)
+    sampler.restart(prompt.number, prompt.turn)
     token = sampler.sample(main.prefill(prompt_ids, rolls_back=False), prompt_ids, sampler.uniform(1))  # [1, 1]
     output.append([token.item()])
     output.first_token_s = now(main.device) - start
@@ -571,7 +596,7 @@ def decode_speculatively(
     """
     output, prompt_ids = Generation(prompt), torch.tensor([prompt.ids], device=main.device)  # [1, n]
     start = now(main.device)
-    sampler.restart(prompt.number)
+    sampler.restart(prompt.number, prompt.turn)
     last = sampler.sample(main.prefill(prompt_ids), prompt_ids, sampler.uniform(1))  # [1, 1]: the text's last token
     output.append([last.item()])
     output.first_token_s = now(main.device) - start
@@ -1059,7 +1084,8 @@ def decode_by_generate(main: CachedModel, draft: Draft | None, sampler: Sampler,
     how = {"max_new_tokens": prompt.max_new_tokens, "eos_token_id": sorted(prompt.end_ids) or None, "pad_token_id": 0}
     if isinstance(sampler, Sampling):
         how |= sampler.settings
-        torch.manual_seed(sampler.seed * 2**20 + prompt.number)
+        sampler.restart(prompt.number, prompt.turn)
+        torch.manual_seed(sampler.generator.initial_seed())
     config, main.model.generation_config = GenerationConfig(**how, **options), GenerationConfig()
     assistant = draft.models[0].model if draft and draft.models else None
     if assistant:
@@ -1103,13 +1129,18 @@ def benchmark(
     warmup: int = 1,
     announce: Callable[[Prompt, str], None] = lambda *_: None,
     device: torch.device | None = None,
+    next_turn: Callable[[Result], Prompt | None] = lambda _: None,
 ) -> Iterator[Result]:
-    """Decode each prompt with all methods; yield its Result, once `check` has seen it. `announce`: told of each run."""
-    cold = {method.label for method in methods}
+    """Decode each prompt with all methods, then the `next_turn` of its Result; yield Results that `check` has seen.
+
+    `announce`: told of each run.
+    """
+    cold, prompts = {method.label for method in methods}, list(prompts)
     for index, prompt in enumerate(prompts):
-        result = Result(prompt, {method.label: Outcome(error=method.error) for method in methods})
+        result = Result(prompt, {method.label: Outcome(error=prompt.error or method.error) for method in methods})
         for repeat in range(repeats):
-            first = (index + repeat) % len(methods)  # they take turns at being the first
+            # They take turns at being the first, also if every other prompt is the second turn of a question.
+            first = (index + index // len(methods) + repeat) % len(methods)
             for method in methods[first:] + methods[:first]:
                 outcome = result.outcomes[method.label]
                 if outcome.error:
@@ -1127,6 +1158,8 @@ def benchmark(
                     outcome.error = first_line(error)
         check(result)
         yield result
+        if following := next_turn(result):
+            prompts.insert(index + 1, following)  # which the loop takes next
 
 
 def check_outputs(main: CachedModel, sampled: bool, result: Result) -> None:
@@ -1524,8 +1557,8 @@ def conclusions(best: Comparison, means: list[Comparison], results: list[Result]
 
 def verdicts(ours: list[Comparison], results: list[Result]) -> list[str]:
     """Whether the outputs are the main model's own."""
-    outcomes = [(of.prompt.number, one.of.label, of.outcomes[one.of.label]) for of in results for one in ours]
-    checked = [(it, f"prompt {number}, {label}") for number, label, it in outcomes if it.runs and not it.error]
+    outcomes = [(of.prompt.label, one.of.label, of.outcomes[one.of.label]) for of in results for one in ours]
+    checked = [(it, f"prompt {prompt}, {label}") for prompt, label, it in outcomes if it.runs and not it.error]
     if all(it.unchecked == SAMPLED for it, _ in checked):
         return ["The texts are sampled, so they differ: both methods draw from the main model's own distribution."]
     unchecked = [it.unchecked for it, _ in checked if it.unchecked]
@@ -1548,6 +1581,16 @@ def verdicts(ours: list[Comparison], results: list[Result]) -> list[str]:
     return lines
 
 
+def group_by_length(results: list[Result]) -> dict[str, list[Result]]:
+    """The results of short, medium and long prompts, on a log scale; none unless lengths differ by 4 × or more."""
+    lengths, groups = [len(one.prompt.ids) for one in results], {}
+    if max(lengths) >= 4 * min(lengths):
+        edges = [round(edge) for edge in numpy.geomspace(min(lengths), max(lengths) + 1, 4)]
+        for low, high in itertools.pairwise(edges):
+            groups[f"{low} to {high - 1} tokens"] = [one for one in results if low <= len(one.prompt.ids) < high]
+    return {name: group for name, group in groups.items() if group}
+
+
 class Report:
     """The report as it grows: after each prompt its rows and its part of the JSON, at the end what follows from all."""
 
@@ -1558,7 +1601,7 @@ class Report:
         self.parts = {}  # of the JSON, by the method's label
         for one in self.methods:
             part = {"method": one.library, "draft_tokens": one.draft_tokens, "costs": one.costs}
-            self.parts[one.label] = part | {"prompts": [], "summary": None, "categories": {}}
+            self.parts[one.label] = part | {"prompts": [], "summary": None, "categories": {}, "by_length": {}}
         console.print()
         print_row(console, COLUMNS, "  # prompt", None)
 
@@ -1566,8 +1609,8 @@ class Report:
         """Take in a result, then print its rows: an interrupt in the middle leaves report and JSON the same."""
         prompt, texts = result.prompt, {}
         rows = {method.label: result.error(method) or Comparison([result], method) for method in self.methods}
-        told = {"prompt": prompt.text, "prompt_tokens": len(prompt.ids), "number": prompt.number}
-        told |= {"category": prompt.category, "question_id": prompt.question_id}
+        told = {"prompt": prompt.text, "prompt_tokens": len(prompt.ids) or None, "number": prompt.number}
+        told |= {"turn": prompt.turn, "category": prompt.category, "question_id": prompt.question_id}
         for method, one in zip(self.methods, rows.values(), strict=True):
             part = told | {"error": result.error(method)}
             self.parts[method.label]["prompts"].append(part)
@@ -1587,22 +1630,23 @@ class Report:
             if show_text and not method.library:
                 texts[method.label] = outcome.run
         self.results.append(result)
-        print_prompt(self.console, f"{prompt.number:>3} {plain(prompt.text)}", rows)
+        print_prompt(self.console, f"{prompt.label:>3} {plain(prompt.text)}", rows)
         for label, run in texts.items():
             self.console.print(f"{label}:", style="bold")
             print_text(self.console, self.tokenizer, run)
 
     def finish(self) -> None:
-        """Print the averages, what compares categories and draft lengths, and the conclusions."""
-        means, categories = {}, {}  # by the method's label, over the prompts where it did not fail
+        """Print the averages, what compares categories, prompt lengths and draft lengths, and the conclusions."""
+        means, tables = {}, {}  # by the method's label, over the prompts where it did not fail
         for method in self.methods:
             if done := [one for one in self.results if not one.error(method)]:
                 mean = means[method.label] = Comparison(done, method)
                 names = dict.fromkeys(one.prompt.category for one in done if one.prompt.category is not None)
                 groups = {name: [one for one in done if one.prompt.category == name] for name in names}
-                categories[method.label] = rows = {name: Comparison(groups[name], method) for name in names}
-                by_category = {name: one.json for name, one in rows.items()}
-                self.parts[method.label] |= {"summary": mean.json, "categories": by_category}
+                self.parts[method.label]["summary"] = mean.json
+                for key, of in (("categories", groups), ("by_length", group_by_length(done))):
+                    rows = tables[method.label, key] = {name: Comparison(of[name], method) for name in of}
+                    self.parts[method.label][key] = {name: one.json for name, one in rows.items()}
         print_prompt(self.console, "    mean", means)
         self.console.print()
         ours = {label: mean for label, mean in means.items() if not mean.of.library}
@@ -1610,8 +1654,9 @@ class Report:
             return
         best = max(ours.values(), key=lambda one: one.method["tokens_per_s"] or 0)
         label = best.of.label
-        if categories[label]:
-            print_summaries(self.console, f"By category, {label}", categories[label] | {"all prompts": best})
+        for title, key in (("By category", "categories"), ("By prompt", "by_length")):
+            if rows := tables[label, key]:
+                print_summaries(self.console, f"{title}, {label}", rows | {"all prompts": best})
         if len(ours) > 1:
             print_summaries(self.console, "By draft length", ours)
             bars = []
@@ -1678,21 +1723,41 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
 
 
 def parse_prompt(line: str, where: str, number: int) -> Prompt:
-    """An object as Spec-Bench has: `prompt`, or first of `turns`; `category`; `question_id`. Raises UsageError."""
+    """An object of a .jsonl file: its text, at the first of `keys`; `category`; `question_id`. Raises UsageError."""
+
+    def checked(text: Any, key: str) -> str:
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError(f'{where}, {key}: no text; write one string, as {{"prompt": "…"}} or {{"turns": ["…"]}}')
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UsageError(f"{where}, {key}: half of a surrogate pair is not a character; leave it out")
+        return text
+
     with cli_errors(f"read {where}: this is not JSON", "write one object a line"):
         entry = json.loads(line)
     entry = entry if isinstance(entry, dict) else {}
-    text, turns, category, question_id = map(entry.get, ("prompt", "turns", "category", "question_id"))
-    if text is None and isinstance(turns, list) and turns:
-        text = turns[0]
-    if not isinstance(text, str):
-        raise UsageError(f'{where}: no text; write {{"prompt": "…"}} or {{"turns": ["…"]}}')
-    if not text.strip():
-        raise UsageError(f"{where}: the prompt is empty; leave the line out")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise UsageError(f"{where}: half of a surrogate pair is not a character; leave it out")
+    keys = ("prompt", "turns", "question", "problem", "instruction", "messages")  # the last as OpenAI has them
+    key = next((key for key in keys if entry.get(key) is not None), "prompt")
+    content, earlier, later = entry.get(key), [], []
+    several = isinstance(content, list) and len(content) > 0
+    if key == "turns" and several:
+        text, *later = [checked(turn, f"turns[{place}]") for place, turn in enumerate(content)]
+    elif key == "messages" and several:
+        for place, message in enumerate(content):
+            message, name = message if isinstance(message, dict) else {}, f"messages[{place}]"
+            roles = ("system", "user", "assistant") if place < len(content) - 1 else ("user",)
+            if message.get("role") not in roles:
+                raise UsageError(f"{where}, {name}.role: not {' or '.join(roles)}")
+            text = checked(message.get("content"), f"{name}.content")
+            earlier.append({"role": message["role"], "content": text})
+        earlier.pop()  # the text itself
+    else:
+        text = checked(content, key)
+    if key == "instruction" and entry.get("input"):
+        text += "\n\n" + checked(entry["input"], "input")
+    category, question_id = map(entry.get, ("category", "question_id"))
     question_id = question_id if isinstance(question_id, str | int) else None
-    return Prompt(text, number, None if category is None else str(category), question_id)
+    turns = {"turn": 1 if later else None, "earlier": tuple(earlier), "later": tuple(later)}
+    return Prompt(text, number, None if category is None else str(category), question_id, **turns)
 
 
 def choose_device(wanted: str, world: accelerate.PartialState) -> torch.device:
@@ -1852,11 +1917,17 @@ def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
     return tokenizers[0]
 
 
-def encode(tokenizer, text: str, chat: bool) -> list[int]:
-    """The prompt's token ids, within the chat template if `chat`. A <bos> that is written already is not added."""
+def encode(tokenizer, text: str, chat: bool, earlier: tuple[dict, ...] = (), switches: dict | None = None) -> list[int]:
+    """The ids of a text behind earlier messages, within the chat template if `chat`; `switches`: arguments for it.
+
+    Without it, answers follow directly, other texts after a blank line. A <bos> that is written already is not added.
+    """
+    messages = [*earlier, {"role": "user", "content": text}]
     if chat:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **(switches or {}))
+    else:
+        parts = [("" if one["role"] == "assistant" else "\n\n") + one["content"] for one in messages]
+        text = "".join(parts).removeprefix("\n\n")
     is_complete = chat or (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
     return tokenizer(text, add_special_tokens=not is_complete)["input_ids"]
 
@@ -1907,23 +1978,45 @@ def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[A
 
 def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float) -> list[Prompt]:
     """The prompts that fit into the context, with their ids. Raises UsageError."""
-    chat, fitting, longest = not settings.no_chat_template and tokenizer.chat_template is not None, [], 0
+    switches, fitting, longest = settings.chat_template_args, [], 0
+    hint = "check --chat-template-args" if switches else "--no-chat-template feeds it as it is"
+    chat = bool(switches) or (not settings.no_chat_template and tokenizer.chat_template is not None)
     # The last round may draft beyond the last new token; and costs are measured with one such round behind a prompt.
     room = max(settings.max_new_tokens, 2) + longest_draft(settings.draft_tokens) - 1
     for prompt in prompts:
-        with cli_errors(f"put prompt {prompt.number} into the chat template", "--no-chat-template feeds it as it is"):
-            ids = tuple(encode(tokenizer, prompt.text, chat))
+        with cli_errors(f"put prompt {prompt.label} into the chat template", hint):
+            ids = tuple(encode(tokenizer, prompt.text, chat, prompt.earlier, switches))
+            later = [encode(tokenizer, text, chat, switches=switches) for text in prompt.later]
         if not ids:
-            raise UsageError(f"prompt {prompt.number} of {settings.prompts} comes to no tokens; leave it out")
+            raise UsageError(f"prompt {prompt.label} of {settings.prompts} comes to no tokens; leave it out")
         longest = max(longest, len(ids))
         if len(ids) + room <= context:
-            fitting.append(dataclasses.replace(prompt, ids=ids, max_new_tokens=settings.max_new_tokens))
+            new = settings.max_new_tokens
+            bound = len(ids) + sum(new + 8 + len(turn) for turn in later)  # 8: to end an answer in the template
+            fitting.append(dataclasses.replace(prompt, ids=ids, max_new_tokens=new, longest=bound))
     if not fitting:
         raise UsageError(
-            f"all prompts of {settings.prompts} are too long: with {room} tokens for output and draft they exceed the "
-            f"context of {context} (the longest has {longest}): shorten them, or lower --max-new-tokens, --draft-tokens"
+            f"{longest} tokens, and {room} for output and draft, exceed the context of {context}: shorten all prompts "
+            f"of {settings.prompts}, or lower --max-new-tokens, --draft-tokens"
         )
     return fitting
+
+
+def next_turn(tokenizer, settings: Any, context: float, result: Result) -> Prompt | None:
+    """The prompt that goes on from the baseline's answer; with an error if there is no answer, or it does not fit."""
+    before = result.prompt
+    if not before.later:
+        return None
+    turn = {"turn": before.turn + 1, "text": before.later[0], "later": before.later[1:], "ids": ()}
+    if result.baseline.error:
+        return dataclasses.replace(before, **turn, error=f"turn {before.turn} has no answer to go on from")
+    answer = tokenizer.decode(result.baseline.run.token_ids, skip_special_tokens=True)
+    said = ({"role": "user", "content": before.text}, {"role": "assistant", "content": answer})
+    prompt = dataclasses.replace(before, **turn, earlier=before.earlier + said)
+    try:
+        return encode_prompts([prompt], tokenizer, settings, context)[0]
+    except UsageError as error:
+        return dataclasses.replace(prompt, error=f"turn {prompt.turn}: {error}")
 
 
 def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int | None) -> tuple:
@@ -1955,6 +2048,8 @@ def describe(console: Console, settings: Any, files: dict[str, ModelFiles], envi
     console.print(f"  {machine}, {settings.dtype}, {'compiled' if settings.compile == 'on' else 'eager'}")
     lengths, limit = " / ".join(map(str, settings.draft_tokens)), counted(settings.max_new_tokens, "new token")
     console.print(f"  K = {lengths}, up to {limit}, {counted(prompts, 'prompt')}")
+    if settings.chat_template_args:
+        console.print(f"  chat template with {json.dumps(settings.chat_template_args)}")
     if settings.temperature:
         cuts = f"top-k {settings.top_k or 'off'}, top-p {settings.top_p:g}, seed {settings.seed}"
         console.print(f"  temperature {settings.temperature:g}, {cuts}; log-likelihoods are at temperature 1, uncut")
@@ -1989,7 +2084,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if max(max(prompt.ids) for prompt in prompts) >= min(config.vocab_size for config in configs):
         raise UsageError(f"the tokenizer of {settings.main} has tokens that the models lack; download them again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    capacity = len(by_length[-1].ids) + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
+    longest = min(context, max(prompt.longest for prompt in prompts))
+    capacity = longest + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
     if not settings.device_map:
         check_memory(files, dtype, device, capacity)
 
@@ -1997,7 +2093,9 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
     environment |= {"python": platform.python_version(), "torch": torch.__version__}
     environment |= {"transformers": transformers.__version__, "memory_bandwidth_gb_s": None}
-    describe(console, settings, files, environment, len(prompts))
+    turns = [1 + len(prompt.later) for prompt in prompts]
+    dealt = [sum(turns[process :: world.num_processes]) for process in range(world.num_processes)]
+    describe(console, settings, files, environment, sum(turns))
     errors.print(f"Loading {' and '.join(map(plain, names.values()))} …", style="dim")
     models = {}
     for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
@@ -2038,17 +2136,19 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     columns = TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn()
     quiet = {"transient": True, "auto_refresh": False, "disable": not errors.is_interactive}
     bar = Progress(*columns, console=errors, speed_estimate_period=1e6, **quiet)
-    task = bar.add_task("", total=len(methods) * (settings.warmup + settings.repeats * len(mine)) + 1)
+    task = bar.add_task("", total=len(methods) * (settings.warmup + settings.repeats * dealt[world.process_index]) + 1)
 
     def announce(prompt: Prompt, what: str) -> None:
         bar.start()
-        bar.update(task, description=f"prompt {prompt.number}: {what}", advance=1, refresh=True)
+        bar.update(task, description=f"prompt {prompt.label}: {what}", advance=1, refresh=True)
 
     check = functools.partial(check_outputs, main, bool(settings.temperature))
-    results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce, device)
+    room = min(context, capacity) if settings.compile == "on" else context
+    go_on = functools.partial(next_turn, tokenizer, settings, room)
+    results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce, device, go_on)
     stopped = None
     try:
-        for _ in range(0, len(prompts), world.num_processes):
+        for _ in range(max(dealt)):
             with cli_errors("hear from the other processes", "see what they say, and start again"):
                 everyones = accelerate.utils.gather_object([next(results, None)])
             bar.stop()
@@ -2064,13 +2164,13 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     done = len(report.results)
     if any(outcome.runs for result in report.results for outcome in result.outcomes.values()):
         if stopped:
-            console.print(f"Only {done} of {len(prompts)} prompts: a part of the result.", style="bold")
+            console.print(f"Only {done} of {sum(turns)} prompts: a part of the result.", style="bold")
         report.finish()
         if not isinstance(stopped, UsageError):
             write_json(complete=not stopped)
         save(settings.svg, "--svg", console.export_svg(title="speculative_decoding.py") if settings.svg else None)
     if isinstance(stopped, KeyboardInterrupt):
-        errors.print(f"Interrupted after {done} of {len(prompts)} prompts.")
+        errors.print(f"Interrupted after {done} of {sum(turns)} prompts.")
         return 130
     if stopped:
         raise stopped

@@ -158,7 +158,7 @@ def comparison_of(prompts, k):
 
 
 OF_ONE_PROMPT = {"first_token_s", "text", "token_ids", "rounds_drafted", "rounds_accepted", "rounds_s"}
-ABOUT_A_PROMPT = {"prompt", "prompt_tokens", "number", "category", "question_id", "error", "divergence"}
+ABOUT_A_PROMPT = {"prompt", "prompt_tokens", "number", "turn", "category", "question_id", "error", "divergence"}
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["K = 3", "auto"])

@@ -1,5 +1,6 @@
 """The program as people run it: its options, every way it can refuse and end, terminals, and several processes."""
 
+import functools
 import json
 import os
 import pty
@@ -161,6 +162,14 @@ def test_devices_and_files_that_are_not_there_are_refused(tmp_path, capsys):
         ["--temperature", "1e-38"],
         ["--device-map", "auto", "--compile", "on"],
         ["--max-memory", "1GB"],
+        ["--chat-template-args", "{'enable_thinking': false}"],
+        ["--chat-template-args", "[1]"],
+        ["--chat-template-args", "[" * 100_000],
+        ["--chat-template-args", '{"x": NaN}'],
+        ["--chat-template-args", '{"x": 1e999}'],
+        ["--chat-template-args", '{"x": 1, "chat_template": "x"}'],
+        ["--chat-template-args", '{"tokenize": false}'],
+        ["--chat-template-args", '{"x": 1}', "--no-chat-template"],
         ["--device-map", "auto", "--max-memory", "plenty"],
         ["stray"],
     ],
@@ -176,7 +185,8 @@ def test_bad_options_are_refused(arguments, capsys):
 
 def test_help_and_mistakes_are_answered_before_the_slow_imports():
     """-S leaves out site-packages, so that torch and the rest cannot even be found."""
-    for arguments, status in ((["--help"], 0), (["--draft-tokens", "0"], 2), (["--demo"], 1)):
+    bad = (["--draft-tokens", "0"], ["--chat-template-args", "x"])
+    for arguments, status in ((["--help"], 0), *((one, 2) for one in bad), (["--demo"], 1)):
         command = [sys.executable, "-I", "-S", sd.__file__, *arguments]
         assert subprocess.run(command, capture_output=True).returncode == status
 
@@ -279,6 +289,84 @@ def test_a_method_that_fails_costs_its_own_rows_only(tmp_path, capsys, monkeypat
     assert "All 4 outputs are the main model's own" in printed
 
 
+# Conversations
+
+TALK = {"question_id": 81, "turns": ["What does list.sort do?", "What does re.split do?", "And what does zip do?"]}
+SHORT = ["--demo", "--warmup", 0, "--draft-tokens", 3, "--max-new-tokens", 8]
+
+
+def asked(tokenizer, questions, answers):
+    """The ids of a conversation, by hand."""
+    text = "<bos>"
+    for question, answer in zip(questions, [*answers, None], strict=True):
+        text += f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
+        if answer is not None:
+            text += tokenizer.decode(answer, skip_special_tokens=True).strip() + "<end_of_turn>\n"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 2]], ids=["greedy", "sampled"])
+def test_turns_go_on_from_the_baselines_answers(tmp_path, capsys, monkeypatch, sampling):
+    """Three turns of one question, for all methods with the same ids; and --limit counts questions."""
+    read, seeds = [], set()
+
+    def record(*given, decode):
+        run = decode(*given)
+        read.append(given[-1].ids)
+        seeds.add(torch.initial_seed())  # of the library's methods
+        return run
+
+    for name in ("decode_autoregressively", "decode_speculatively", "decode_by_generate"):
+        monkeypatch.setattr(sd, name, functools.partial(record, decode=getattr(sd, name)))
+    path, out = write(tmp_path / "q.jsonl", TALK, {"prompt": "What is zip?"}), tmp_path / "out.json"
+    options = ["--prompts", path, "--json", out, *sampling]
+    assert run(*SHORT, *options, "--limit", 1, "--compare", "transformers") == 0
+    printed, report = capsys.readouterr().out, json.loads(out.read_text())
+    tokenizer, prompts = transformers.AutoTokenizer.from_pretrained(MAIN), report["runs"][0]["prompts"]
+    assert [(prompt["number"], prompt["turn"], prompt["prompt"]) for prompt in prompts] == [
+        (1, turn, text) for turn, text in enumerate(TALK["turns"], 1)
+    ]
+    answers = [prompt["baseline"]["token_ids"] for prompt in prompts]
+    expected = [asked(tokenizer, TALK["turns"][: turn + 1], answers[:turn]) for turn in range(3)]
+    assert [prompt["prompt_tokens"] for prompt in prompts] == list(map(len, expected))
+    assert read == [tuple(ids) for ids in expected for _ in range(4)]
+    assert re.findall(r"^(81\.\d) \S", printed, re.MULTILINE) == ["81.1", "81.2", "81.3"] and ", 3 prompts\n" in printed
+    if not sampling:
+        assert all(part["summary"]["identical"] == 3 for part in report["runs"] + report["compared"])
+        return
+    assert seeds >= {1, 1 + 2**16, 1 + 2 * 2**16}
+    assert prompts[0]["speculative"]["token_ids"] != answers[0]  # so it is seen whose answer it is
+    assert run(*SHORT, "--prompts", write(path, {"prompt": TALK["turns"][0]}), "--json", out, *sampling) == 0
+    (alone,) = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert alone["turn"] is None and alone["baseline"]["token_ids"] == answers[0]
+
+
+def test_a_turn_that_does_not_fit_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
+    """Nor does one without an answer to go on from, of a baseline that failed."""
+    monkeypatch.setattr(sd, "load_model", failing_at("zip"))
+    long = {"turns": [TALK["turns"][0], "word " * 1000, "Why?"]}
+    failing = {"turns": [TALK["turns"][1], TALK["turns"][2], "Why?"]}
+    path, out = write(tmp_path / "q.jsonl", long, failing, {"prompt": "What is it?"}), tmp_path / "out.json"
+    assert run(*SHORT, "--prompts", path, "--json", out) == 1
+    printed, report = capsys.readouterr().out, json.loads(out.read_text())
+    prompts = {(prompt["number"], prompt["turn"]): prompt for prompt in report["runs"][0]["prompts"]}
+    errors = {place: prompt["error"] for place, prompt in prompts.items()}
+    too_long = re.fullmatch(
+        r"turn 2: (\d+) tokens, and 10 for output and .* the context of 1024: .*", errors.pop((1, 2))
+    )
+    assert int(too_long[1]) > 1024 and f" K = 3: {too_long[0]} 1.3 Why? " in " ".join(printed.split())
+    assert errors == {
+        (1, 1): None,
+        (1, 3): "turn 2 has no answer to go on from",
+        (2, 1): None,
+        (2, 2): "CUDA out of memory.",
+        (2, 3): "turn 2 has no answer to go on from",
+        (3, None): None,
+    }
+    assert prompts[1, 3]["prompt_tokens"] is None and report["complete"] is True
+    assert report["runs"][0]["summary"]["identical"] == 3
+
+
 def test_if_every_prompt_fails_nothing_can_be_said(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "p.txt", "What does zip do?")
     monkeypatch.setattr(sd, "load_model", failing_at("zip"))
@@ -373,12 +461,12 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
 
 
-def interrupted(out, row, *seconds):
+def interrupted(out, row, *seconds, options=()):
     """The program, interrupted after a row of its report, and again after some seconds; all that it printed and said.
 
     `row`: a pattern of the line.
     """
-    arguments = command("--demo", "--draft-tokens", 3, "--warmup", 0, "--json", out)
+    arguments = command("--demo", "--draft-tokens", 3, "--warmup", 0, "--json", out, *options)
     environment, pipe = os.environ | {"PYTHONUNBUFFERED": "1"}, subprocess.PIPE
     with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         printed = ""
@@ -404,6 +492,14 @@ def test_control_c_reports_what_is_done(tmp_path):
     (measured,) = report["runs"]
     assert len(measured["prompts"]) == 1 and report["complete"] is False
     assert measured["summary"]["identical"] == 1  # of what was measured, as the report has it
+
+
+def test_control_c_in_a_conversation_keeps_the_turns_that_are_done(tmp_path):
+    out, path = tmp_path / "out.json", write(tmp_path / "q.jsonl", TALK, {"prompt": "What is zip?"})
+    printed, errors = interrupted(out, r"^81\.1 ", options=["--prompts", path])
+    assert "Interrupted after 1 of 4 prompts" in errors and "Only 1 of 4 prompts: a part of the result." in printed
+    (prompt,) = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert prompt["turn"] == 1 and prompt["identical"] is True and re.search(r"^ +mean$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("pause", [0.005, 0.01])
@@ -575,6 +671,18 @@ def test_two_processes_give_what_one_gives(tmp_path, capsys):
     assert [int(row) for row in re.findall(r"^ +(\d) \S", printed, re.MULTILINE)] == [1, 2, 3, 4, 5]
     assert "in each of 2 processes" in printed
     assert json.loads(two.read_text())["environment"]["processes"] == 2
+
+
+def test_two_processes_take_all_turns_of_their_questions(tmp_path):
+    """The first takes the questions 1 and 3, with four turns, the second the question 2, with one."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    path = write(tmp_path / "q.jsonl", TALK, {"prompt": "What is zip?"}, {"prompt": "What does re.split do?"})
+    assert run(*SHORT, "--prompts", path, "--json", one) == 0
+    with launched(*SHORT, "--prompts", path, "--json", two) as process:
+        printed, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    assert sorted(texts_of(one)) == sorted(texts_of(two)) and len(texts_of(two)) == 5
+    assert re.findall(r"^ *([\d.]+) \S+ (?:is|what|does) ", printed, re.MULTILINE) == ["81.1", "2", "81.2", "81.3", "3"]
 
 
 def test_a_process_that_dies_ends_the_run_with_a_message(tmp_path):

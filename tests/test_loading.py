@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, baseline, counts_of, ids_of, like, make_model, speculate
+from conftest import ROOT, baseline, counts_of, generation_of, ids_of, like, make_model, speculate
 from safetensors.torch import load_file, save_file
 from test_command_line import DRAFT, MAIN, PAIR, QUICK, refused, run, write
 
@@ -74,17 +74,25 @@ def test_question_files_run_as_they_are(tmp_path, capsys):
     (measured,) = json.loads(out.read_text())["runs"]
     prompts, categories = measured["prompts"], measured["categories"]
     assert [prompt["prompt"] for prompt in prompts] == [
-        QUESTIONS[0]["turns"][0],
+        *QUESTIONS[0]["turns"],
         QUESTIONS[1]["turns"][0],
         QUESTIONS[2]["prompt"],
         QUESTIONS[3]["prompt"],
     ]
-    assert [prompt["question_id"] for prompt in prompts] == [81, 82, "x", None]
-    assert [prompt["category"] for prompt in prompts] == ["writing", "writing", "coding", "writing"]
-    assert set(categories) == {"writing", "coding"} and categories["writing"]["identical"] == 3
+    assert [prompt["question_id"] for prompt in prompts] == [81, 81, 82, "x", None]
+    assert [(prompt["number"], prompt["turn"]) for prompt in prompts] == [
+        (1, 1),
+        (1, 2),
+        (2, None),
+        (3, None),
+        (4, None),
+    ]
+    assert re.findall(r"^ *(\S+) (?:What|And) ", printed, re.MULTILINE) == ["81.1", "81.2", "82", "x", "4"]
+    assert [prompt["category"] for prompt in prompts] == ["writing", "writing", "writing", "coding", "writing"]
+    assert set(categories) == {"writing", "coding"} and categories["writing"]["identical"] == 4
     tokens = [prompt["speculative"]["new_tokens"] for prompt in prompts]
-    assert categories["coding"]["speculative"]["new_tokens"] == tokens[2]
-    assert categories["writing"]["speculative"]["new_tokens"] == sum(tokens) - tokens[2]
+    assert categories["coding"]["speculative"]["new_tokens"] == tokens[3]
+    assert categories["writing"]["speculative"]["new_tokens"] == sum(tokens) - tokens[3]
     for name in ("writing", "coding", "all prompts"):
         assert re.search(rf"^  {name} +[\d.]+ +[+-]\d+ %", printed, re.MULTILINE)
 
@@ -98,21 +106,56 @@ def test_a_limit_is_spread_over_the_categories(tmp_path, limit, chosen):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("{not json", "this is not JSON"),
-        ("[" * 100_000, "this is not JSON"),
-        ('["a list"]', "no text"),
-        ({"category": "x"}, "no text"),
-        ({"turns": []}, "no text"),
-        ({"turns": "a string"}, "no text"),
-        ({"prompt": 7}, "no text"),
-        ({"prompt": " "}, "the prompt is empty"),
-        ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        ("{not json", ": this is not JSON"),
+        ("[" * 100_000, ": this is not JSON"),
+        ('["a list"]', ", prompt: no text"),
+        ({"category": "x"}, ", prompt: no text"),
+        ({"turns": []}, ", turns: no text"),
+        ({"turns": {"a": "b"}, "problem": "p"}, ", turns: no text"),
+        ({"turns": ["a", 7]}, ", turns[1]: no text"),
+        ({"turns": ["a", " "]}, ", turns[1]: no text"),
+        ({"prompt": 7}, ", prompt: no text"),
+        ({"prompt": " "}, ", prompt: no text"),
+        ('{"prompt": "\\ud800"}', ", prompt: half of a surrogate pair"),
+        ('{"turns": ["a", "b", "\\ud800"]}', ", turns[2]: half of a surrogate pair"),
+        ({"instruction": "a", "input": ["b"]}, ", input: no text"),
+        ({"instruction": ["a"], "input": "b"}, ", instruction: no text"),
+        ({"messages": []}, ", messages: no text"),
+        ({"messages": ["a"]}, ", messages[0].role: not user"),
+        ({"messages": [{"content": "a"}]}, ", messages[0].role: not user"),
+        ({"messages": [{"role": "user"}]}, ", messages[0].content: no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, ", messages[0].content: no text"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, ", messages[1].role: not user"),
+        ({"messages": [{"role": ["user"]}, {"role": "user"}]}, ", messages[0].role: not system or user or assistant"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, capsys, line, expected):
     path = write(tmp_path / "q.jsonl", QUESTIONS[0], "", line)
     message = refused(capsys, "--demo", "--prompts", path)
-    assert f"{path}, line 3: {expected}" in message
+    assert f"{path}, line 3{expected}" in message
+
+
+TALK = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "earlier", "later"),
+    [
+        ({"turns": ["t"], "prompt": "p", "question": "q"}, "p", [], []),
+        ({"prompt": None, "question": "q", "turns": ["t", "u", "v"]}, "t", [], ["u", "v"]),
+        ({"turns": ["t"]}, "t", [], []),
+        ({"turns": "t"}, "t", [], []),
+        ({"problem": "r", "question": "q", "messages": TALK}, "q", [], []),
+        ({"instruction": "i", "problem": "r", "input": "n"}, "r", [], []),
+        ({"instruction": "i", "input": ""}, "i", [], []),
+        ({"messages": TALK, "input": "n", "instruction": "i"}, "i\n\nn", [], []),
+        ({"messages": [*TALK, {"role": "user", "name": "x", "content": "v"}]}, "v", TALK, []),
+    ],
+)
+def test_the_text_of_a_line_is_its_first_key(line, text, earlier, later):
+    prompt = sd.parse_prompt(json.dumps(line), "q.jsonl, line 1", 1)
+    assert (prompt.text, list(prompt.earlier), list(prompt.later)) == (text, earlier, later)
+    assert prompt.turn == (1 if later else None)
 
 
 def test_bad_prompt_files_are_refused(tmp_path, capsys):
@@ -128,7 +171,7 @@ def test_bad_prompt_files_are_refused(tmp_path, capsys):
     assert "line 3" in refused(capsys, "--demo", "--prompts", path)
     path.write_text("What is a list? " * 400 + "\n")
     message = refused(capsys, "--demo", "--prompts", path)
-    assert f"all prompts of {path} are too long" in message and "context of 1024" in message
+    assert f"exceed the context of 1024: shorten all prompts of {path}, or lower" in message
 
 
 def test_the_context_is_used_to_its_end(tmp_path, capsys):
@@ -375,6 +418,37 @@ def test_the_chat_template_is_the_models_own():
     assert tokenizer.decode(ids) == "<bos><start_of_turn>user\nHello!<end_of_turn>\n<start_of_turn>model\n"
 
 
+def test_without_a_template_a_conversation_is_its_texts():
+    """An answer goes on from what was asked, anything else begins after a blank line."""
+    tokenizer = tokenizer_of()
+    for earlier, expected in (([], "b"), (TALK, "s\n\nua\n\nb"), (TALK[2:], "a\n\nb"), (TALK[1:2], "u\n\nb")):
+        assert tokenizer.decode(sd.encode(tokenizer, "b", False, tuple(earlier))) == expected
+
+
+def turns_of(questions, *options):
+    """The tokenizer, the settings, and the first turns of a question with several; what these options make of them."""
+    tokenizer = tokenizer_of()
+    settings, _ = sd.resolve_defaults(sd.parse(["--demo", *map(str, options)]), torch.device("cpu"))
+    prompt = sd.parse_prompt(json.dumps({"turns": questions}), "q", 1)
+    (prompt,) = sd.encode_prompts([prompt], tokenizer, settings, 1024)
+    return tokenizer, settings, prompt
+
+
+@pytest.mark.parametrize("template", [[], ["--no-chat-template"]], ids=["template", "none"])
+def test_no_turn_is_longer_than_the_room_that_is_made_for_it(template):
+    """After answers of full length, whose text is as many tokens again; only the first has come to its end."""
+    tokenizer, settings, prompt = turns_of(["a", "What is zip?", "b", "c"], "--max-new-tokens", 20, *template)
+    longest = prompt.longest
+    for text, end in (("the" + " list" * 18, "<end_of_turn>"), ("the" + " list" * 19, ""), ("the" + " list" * 19, "")):
+        answer = tokenizer(text + end, add_special_tokens=False)["input_ids"]
+        result = sd.Result(prompt, {"baseline": sd.Outcome([generation_of(answer)])})
+        prompt = sd.next_turn(tokenizer, settings, 1024, result)
+        assert len(answer) == 20 == prompt.max_new_tokens and prompt.error is None
+        assert prompt.earlier[-1] == {"role": "assistant", "content": text}
+    assert prompt.turn == 4 and longest - 3 * 8 <= len(prompt.ids) <= longest
+    assert sd.next_turn(tokenizer, settings, 1024, sd.Result(prompt, {})) is None
+
+
 def adding_a_bos(folder):
     """A copy of the bundled main model, whose tokenizer begins each text with <bos>, as Gemma's own does."""
     shutil.copytree(MAIN, folder)
@@ -439,6 +513,34 @@ def test_a_chat_template_that_fails_is_one_line(tmp_path, capsys, one_prompt):
         (tmp_path / name / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
     pair = ["--main", tmp_path / "main", "--draft", tmp_path / "draft", "--prompts", one_prompt]
     assert "cannot put prompt 1 into the chat template: no such role; --no-chat" in refused(capsys, *pair)
+
+
+SWITCH = (
+    "{{ '<think>' if enable_thinking | default(true) else '' }}{{ messages[0]['content'] + 'x' * more | default(0) }}"
+)
+
+
+def test_arguments_for_the_chat_template_reach_it(tmp_path, capsys, one_prompt):
+    for name, folder in (("main", MAIN), ("draft", DRAFT)):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(SWITCH)
+    pair = ["--main", tmp_path / "main", "--draft", tmp_path / "draft", "--prompts", one_prompt, *QUICK[1:]]
+    tokens = []
+    for given in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        out = tmp_path / "out.json"
+        assert run(*pair, "--chat-template-args", json.dumps(given), "--json", out) == 0
+        report, printed = json.loads(out.read_text()), capsys.readouterr().out
+        assert report["settings"]["chat_template_args"] == given
+        assert (f"  chat template with {json.dumps(given)}\n" in printed) is bool(given)
+        tokens.append(report["runs"][0]["prompts"][0]["prompt_tokens"])
+    without = len(tokenizer_of()("What does heapq.merge do?")["input_ids"])
+    assert tokens[0] == tokens[1] > tokens[2] == without
+    for bad in ({"more": "x"}, {"tools": 3}, {"continue_final_message": True}):
+        message = refused(capsys, *pair, "--chat-template-args", json.dumps(bad))
+        assert "cannot put prompt 1 into the chat template: " in message and "check --chat-template-args" in message
+    (tmp_path / "main" / "chat_template.jinja").unlink()
+    message = refused(capsys, *pair, "--chat-template-args", '{"enable_thinking": false}')
+    assert "chat_template is not set" in message and "check --chat-template-args" in message
 
 
 def test_a_padded_vocabulary_of_one_family_is_fine():

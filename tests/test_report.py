@@ -1,5 +1,6 @@
 """The report: rows, tables, chart, texts, conclusions, picture and JSON, as they follow from the results."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -9,6 +10,8 @@ import xml.etree.ElementTree
 import pytest
 import transformers
 from conftest import generation_of
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from test_command_line import MAIN, QUICK, refused, run, write
 
@@ -89,9 +92,9 @@ def test_the_json_holds_what_the_design_promises(demo):
     assert fixed["costs"] is None and set(auto["costs"]) == {"draft_pass_s", "main_pass_s"}
     assert list(map(int, auto["costs"]["main_pass_s"])) == [1, 2, 3, 4, 5, 6, 9, 10, 16]
     for measured in report["runs"]:
-        assert len(measured["prompts"]) == 5 and measured["categories"] == {}
+        assert len(measured["prompts"]) == 5 and measured["categories"] == measured["by_length"] == {}
         for prompt in measured["prompts"]:
-            keys = {"prompt", "prompt_tokens", "number", "category", "question_id", "error", "divergence"}
+            keys = {"prompt", "prompt_tokens", "number", "turn", "category", "question_id", "error", "divergence"}
             assert set(prompt) == keys | FIGURES | {"baseline", "speculative"}
             assert set(prompt["baseline"]) == OUTPUT
             assert set(prompt["speculative"]) == OUTPUT | RATES | {"rounds_drafted", "rounds_accepted", "rounds_s"}
@@ -109,7 +112,7 @@ def test_the_json_grows_by_prompts_and_has_summaries_at_the_end(tokenizer):
         assert part["method"] == method.library and part["draft_tokens"] == method.draft_tokens
         assert part["costs"] == method.costs  # in every run
         assert [prompt["number"] for prompt in part["prompts"]] == [1, 2]
-        assert part["summary"] is None and part["categories"] == {}
+        assert part["summary"] is None and part["categories"] == part["by_length"] == {}
     report.add(results[2], show_text=False)
     report.finish()
     for label, part in report.parts.items():
@@ -336,6 +339,51 @@ def test_draft_lengths_and_categories_are_compared(tokenizer):
     expected = ["9.43", "+100 %", sd.percent(100 * (6.97 / 3.47 - 1), "+"), sd.percent(predicted, "+"), "2.33", "0.667"]
     assert table[0].split() == " ".join(["K = 3", *expected, sd.number(c), sd.number(v)]).split()
     assert re.split(" {2,}", table[1].strip())[4] == "–"  # with auto there is no one K, and no prediction
+
+
+def of_length(tokens, factor):
+    result = result_of(tokens, factor=factor)
+    result.prompt = dataclasses.replace(result.prompt, ids=tuple(range(tokens)))
+    return result
+
+
+def test_prompts_of_very_different_lengths_are_compared(tokenizer):
+    """Thirds of 10 to 79 tokens on a log scale: from 10, 20 and 40 tokens on."""
+    results = [of_length(tokens, factor) for tokens, factor in ((79, 4.0), (20, 2.0), (10, 1.0), (19, 1.0), (40, 4.0))]
+    report, printed = report_of(results, tokenizer, width=80)
+    part = report.parts["K = 3"]["by_length"]
+    assert list(part) == ["10 to 19 tokens", "20 to 39 tokens", "40 to 79 tokens"]
+    assert [of["baseline"]["new_tokens"] for of in part.values()] == [22, 11, 22]
+    assert part["10 to 19 tokens"] == sd.Comparison(results[2:4], METHODS[1]).json
+    assert report.parts["generate()"]["by_length"].keys() == part.keys()
+    headings = r" +tok/s +faster +decode +predicted +length +α +c +v"
+    table = re.search(rf"^By prompt, K = 3{headings}\n((?:  .*\n)+)\n", printed, re.MULTILINE)[1].splitlines()
+    cells = [re.split(" {2,}", line.strip())[:2] for line in table]
+    assert cells == [[*part][:1] + ["22.0"], [*part][1:2] + ["11.0"], [*part][2:] + ["5.50"], ["all prompts", "9.17"]]
+    results[3].outcomes["K = 3"].error = results[1].baseline.error = "CUDA out of memory."
+    report, _ = report_of(results, tokenizer)  # a group without results is left out, a failure is in no group
+    part = report.parts["K = 3"]["by_length"]
+    assert {name: of["baseline"]["new_tokens"] for name, of in part.items()} == {
+        "10 to 19 tokens": 11,
+        "40 to 79 tokens": 22,
+    }
+
+
+def test_prompts_of_similar_lengths_are_not_told_apart(tokenizer):
+    for tokens, groups in ((39, 0), (40, 2)):
+        report, printed = report_of([of_length(10, 1.0), of_length(tokens, 1.0)], tokenizer)
+        assert len(report.parts["K = 3"]["by_length"]) == groups and ("By prompt" in printed) is bool(groups)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
+def test_each_prompt_is_in_the_group_of_its_length(lengths):
+    results = [sd.Result(sd.Prompt("?", 1, ids=(1,) * tokens), {}) for tokens in lengths]
+    groups = sd.group_by_length(results)
+    assert bool(groups) is (max(lengths) >= 4 * min(lengths)) and len(groups) <= 3
+    for name, group in groups.items():
+        low, high = map(int, re.fullmatch(r"(\d+) to (\d+) tokens", name).groups())
+        assert group and all(low <= len(one.prompt.ids) <= high for one in group)
+    assert sum(map(len, groups.values())) == (len(results) if groups else 0)
 
 
 def test_a_chart_shows_values_by_the_length_of_bars():

@@ -300,6 +300,17 @@ def test_a_seed_makes_a_text_again():
     assert texts(0) != texts(1)
 
 
+def test_each_turn_has_random_numbers_of_its_own():
+    sampler, drawn = sd.Sampling(1.0, seed=5), {}
+    for number, turn in ((7, None), (7, 1), (7, 2), (8, None), (8, 2)):
+        sampler.restart(number, turn)
+        drawn[number, turn] = sampler.uniform(4).tolist()
+    assert (
+        drawn[7, None] == drawn[7, 1] == torch.rand(4, generator=torch.Generator().manual_seed(5 * 2**20 + 7)).tolist()
+    )
+    assert len(set(map(tuple, drawn.values()))) == 4
+
+
 def test_a_low_temperature_is_greedy_in_the_end():
     model = make_model("llama")
     draft = like(model, 0.05)
