@@ -187,7 +187,7 @@ class CachedModel:
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
-        """`vocabulary`: logits are cut to so many tokens, as the models of one family can be padded differently.
+        """`vocabulary`: logits are cut to so many tokens, a draft's to those that the main model knows alike.
 
         `device`: where its inputs go, if its weights are on several devices.
         """
@@ -337,13 +337,15 @@ def accept_or_resample(p: Tensor, q: Tensor, draft_ids: Tensor, uniform: Tensor)
     A draft token x is accepted with probability min(1, p(x) / q(x)): where the draft draws it more often than the main
     model would, the excess is rejected. After a rejection, the next token is drawn from the residual distribution,
     max(0, p - q) normalised: what the main model has more of. The two ways to emit a token add up to p. After the last
-    draft token there is no q to subtract, and the bonus token is drawn from p.
+    draft token there is no q to subtract, and the bonus token is drawn from p. q can be of fewer tokens than p: the
+    draft has no others.
     """
     p_drafted, q_drafted = (of.gather(1, draft_ids[:, None])[:, 0] for of in (p[:-1], q))
     is_accepted = uniform * q_drafted < p_drafted  # uniform < p / q
     accepted = is_accepted.float().cumprod(dim=0).sum(dim=0, keepdim=True).long()  # float: MPS has no cumprod of int64
     p_next = p.index_select(0, accepted)
-    residual = (p_next - pad(q, (0, 0, 0, 1)).index_select(0, accepted)).clamp(min=0)
+    q_next = pad(q, (0, p.shape[1] - q.shape[1], 0, 1)).index_select(0, accepted)
+    residual = (p_next - q_next).clamp(min=0)
     total = residual.sum()
     return accepted, torch.where(total > 0, residual / total, p_next)  # p = q but for rounding: nothing is left
 
@@ -496,20 +498,24 @@ class ModelDraft(Draft):
     def __init__(self, model: CachedModel, sampler: Sampler):
         self.model, self.sampler, self.models = model, sampler, (model,)
         self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
+        # In place of tokens that only the main model knows, the draft reads its last one. It may draft worse for it;
+        # the output stays right, as the main model reads the text itself, and decides what is accepted.
+        self.last_id = (model.vocabulary or model.model.config.get_text_config().vocab_size) - 1
 
     def reset(self, prompt_ids: Tensor) -> None:
         self.has_read = prompt_ids.shape[1] - 1  # tokens of the text that its cache holds: all but the prompt's last
         self.confidences = []  # of all draft tokens of this text
         self.model.reset()
         if self.has_read:  # more than one token
-            self.model.prefill(prompt_ids[:, :-1])
+            self.model.prefill(prompt_ids[:, :-1].clamp(max=self.last_id))
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
         tokens, confidences, q = [], [], []
         while length.wants_another(confidences):
             # First what it has not read, [1, 2] or more after rounds without a draft; then each of its own tokens,
             # [1, 1], which never leaves the device.
-            unread = tokens[-1] if tokens else torch.tensor([text[self.has_read :]], device=self.model.device)
+            known = [min(token, self.last_id) for token in text[self.has_read :]]
+            unread = tokens[-1] if tokens else torch.tensor([known], device=self.model.device)
             sampled = self.model.step(self.sampler.sample_draft, unread, self.sampler.uniform(1))
             for kept, part in zip((tokens, confidences, q), sampled, strict=True):
                 kept.append(part)
@@ -1742,21 +1748,31 @@ def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dt
     return model
 
 
-def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
-    """The first model's tokenizer. The others' must have the same id for the same token. Raises UsageError."""
-    tokenizers = []
+def load_tokenizer(names: list[str]) -> tuple[transformers.PreTrainedTokenizerBase, int]:
+    """The first model's tokenizer, and how many ids, from 0 on, mean the same token to all models. Raises UsageError.
+
+    Beyond these there may be only special and added tokens, as multimodal models and fine-tunes have, and none of their
+    ids may have two meanings.
+    """
+    tokenizers, ordinary = [], False
     for name in names:
         with cli_errors(f"load the tokenizer of {name}", "download it again"):
             tokenizers.append(AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False))
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    if differing := vocabularies[0].items() ^ vocabularies[-1].items():
+    differing = vocabularies[0].items() ^ vocabularies[-1].items()
+    shared = min((token_id for _, token_id in differing), default=sys.maxsize)
+    for tokenizer, vocabulary in zip(tokenizers, vocabularies, strict=True):
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        ordinary |= any(token_id >= shared and token not in special for token, token_id in vocabulary.items())
+    two_meanings = {token_id for _, token_id in differing}.intersection(*(of.values() for of in vocabularies))
+    if ordinary or two_meanings or not shared:
         token = min(differing)[0]
         sizes, ids = zip(*[(f"{len(of):,}", str(of.get(token, "nothing"))) for of in vocabularies], strict=True)
         raise UsageError(
             f"{' and '.join(names)} have different tokenizers ({' and '.join(sizes)} tokens; {token!r} is "
             f"{' and '.join(ids)}): take a draft of the main model's family, or --draft ngram"
         )
-    return tokenizers[0]
+    return tokenizers[0], shared
 
 
 def encode(tokenizer, text: str, chat: bool) -> list[int]:
@@ -1833,14 +1849,17 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
     return fitting
 
 
-def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int | None) -> tuple:
-    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
+def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, capacity: int | None) -> tuple:
+    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None.
+
+    The draft proposes only tokens that both tokenizers know alike, the first `shared`, and both models have.
+    """
     sampler = Greedy()
     if settings.temperature:
         sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    vocabularies = {"draft": min(shared, *(model.config.get_text_config().vocab_size for model in models.values()))}
     kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
-    cached = {role: kind(model, vocabulary, device) for role, model in models.items()}
+    cached = {role: kind(model, vocabularies.get(role), device) for role, model in models.items()}
     draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else DRAFTS_WITHOUT_MODEL[settings.draft](device)
     return cached["main"], draft, sampler
 
@@ -1887,14 +1906,14 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         names["draft"] = settings.draft
     prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
     files = {role: read_model_files(name, dtype) for role, name in names.items()}
-    tokenizer = load_tokenizer(list(names.values()))
+    tokenizer, shared = load_tokenizer(list(names.values()))
     configs = [of.config.get_text_config() for of in files.values()]
     context = min(getattr(config, "max_position_embeddings", None) or math.inf for config in configs)
     found, prompts = len(prompts), encode_prompts(prompts, tokenizer, settings, context)
     if len(prompts) < found:
         errors.print(f"warning: {found - len(prompts)} of {found} prompts exceed the context of {context}: left out")
-    if max(max(prompt.ids) for prompt in prompts) >= min(config.vocab_size for config in configs):
-        raise UsageError(f"the tokenizer of {settings.main} has tokens that the models lack; download them again")
+    if max(max(prompt.ids) for prompt in prompts) >= configs[0].vocab_size:
+        raise UsageError(f"the tokenizer of {settings.main} has tokens that the model lacks; download it again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
     capacity = len(by_length[-1].ids) + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
     if not settings.device_map:
@@ -1920,13 +1939,13 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
-            pair = wrap_pair(settings, models, device, capacity)
+            pair = wrap_pair(settings, models, shared, device, capacity)
             compile_steps(*pair, settings.draft_tokens, functools.partial(errors.print, style="dim"))
         except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
             console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
             settings, pair = dataclasses.replace(settings, compile="off"), None
     compile_s = time.perf_counter() - start
-    main, draft, sampler = pair or wrap_pair(settings, models, device, None)
+    main, draft, sampler = pair or wrap_pair(settings, models, shared, device, None)
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)

@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, baseline, counts_of, ids_of, like, make_model, speculate
+from conftest import ROOT, baseline, counts_of, ids_of, like, make_model, prompt_of, speculate, with_more_tokens
 from safetensors.torch import load_file, save_file
 from test_command_line import DRAFT, MAIN, PAIR, QUICK, refused, run, write
 
@@ -441,15 +442,32 @@ def test_a_chat_template_that_fails_is_one_line(tmp_path, capsys, one_prompt):
     assert "cannot put prompt 1 into the chat template: no such role; --no-chat" in refused(capsys, *pair)
 
 
-def test_a_padded_vocabulary_of_one_family_is_fine():
-    """Both ways: the models' sizes differ, their tokenizers do not."""
-    larger = make_model("gemma2")
-    larger.resize_token_embeddings(80)
-    main = make_model("gemma2")
-    for one, other in ((main, larger), (larger, main)):
-        result = speculate(sd.CachedModel(one, 61), sd.CachedModel(other, 61), [5, 9], 3)
-        assert result.token_ids == baseline(sd.CachedModel(one, 61), [5, 9]).token_ids
-        assert max(result.token_ids) < 61
+SIZES = {"the main model has more": (80, 61), "the draft has more": (61, 80), "both have more": (80, 80)}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_draft_proposes_what_both_know_and_the_main_model_is_never_cut(case, temperature):
+    known = make_model("gemma2")
+    models = [
+        with_more_tokens(model, size) for model, size in zip((known, like(known, 0.05)), SIZES[case], strict=True)
+    ]
+    settings = types.SimpleNamespace(temperature=temperature, top_k=0, top_p=1.0, seed=0, draft="a model")
+    pair = dict(zip(("main", "draft"), models, strict=True))
+    main, draft, sampler = sd.wrap_pair(settings, pair, 61, torch.device("cpu"), None)
+    propose, proposed = draft.propose, []
+
+    def watched(text, length):
+        ids, q = propose(text, length)
+        proposed.extend(ids[0].tolist())
+        return ids, q
+
+    draft.propose = watched
+    texts = [sd.decode_speculatively(main, draft, sampler, sd.FixedLength(3), prompt_of([5, 9], n)) for n in range(4)]
+    texts = [text.token_ids for text in texts]
+    assert max(proposed) < 61 and (max(max(text) for text in texts) >= 61) == (SIZES[case][0] > 61)
+    if not temperature:
+        assert texts == [baseline(models[0], [5, 9]).token_ids] * 4
 
 
 # Weights
