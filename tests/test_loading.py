@@ -370,6 +370,66 @@ def test_what_differs_between_tokenizers_is_said(tmp_path, capsys):
     assert "family, or --draft ngram" in message
 
 
+def tokenizer_with(folder, special=(), ordinary=()):
+    """A folder with the bundled tokenizer, and further tokens behind its 2,048."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(MAIN / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {token: 2048 + place for place, token in enumerate(ordinary)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tokenizer = tokenizer_of(folder)
+    tokenizer.add_tokens(list(special))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TAILS = {  # what main and draft add; how many tokens both know alike, or what is said
+    "nothing": ([], [], sys.maxsize),
+    "one of main's": (["<x>"], [], 2048),
+    "two of the draft's": ([], ["<x>", "<y>"], 2048),
+    "one that both have, and one of main's": (["<x>", "<y>"], ["<x>"], 2049),
+    "two in one place": (["<x>"], ["<y>"], "'<x>' is 2048 and nothing"),
+    "two the other way round": (["<x>", "<y>"], ["<y>", "<x>"], "'<x>' is 2048 and 2049"),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_tokenizers_may_differ_in_added_tokens_at_the_tail(tmp_path, case):
+    *added, expected = TAILS[case]
+    folders = [tokenizer_with(tmp_path / name, tokens) for name, tokens in zip("md", added, strict=True)]
+    if isinstance(expected, int):
+        assert sd.load_tokenizer(folders)[1] == expected
+    else:
+        with pytest.raises(sd.UsageError, match=f"different tokenizers .*{expected}"):
+            sd.load_tokenizer(folders)
+
+
+def test_ordinary_tokens_at_the_tail_are_another_tokenizer(tmp_path):
+    folders = [tokenizer_with(tmp_path / "m", ordinary=["zebra"]), tokenizer_with(tmp_path / "d", ["<x>"])]
+    for names in (folders, folders[::-1], [folders[0], str(MAIN)]):
+        with pytest.raises(sd.UsageError, match="different tokenizers"):
+            sd.load_tokenizer(names)
+
+
+def test_a_fine_tune_with_a_token_of_its_own_runs_with_its_familys_draft(tmp_path, capsys):
+    """In prompts, and where it generates it: its output row is that of a common token, twice as long."""
+    folder, out = tmp_path / "main", tmp_path / "out.json"
+    tokenizer, model = tokenizer_of(MAIN), transformers.AutoModelForCausalLM.from_pretrained(MAIN)
+    model.resize_token_embeddings(2056, mean_resizing=False)
+    head = model.get_output_embeddings().weight
+    head.data[2048:] = 0
+    head.data[2048] = 2 * head.data[tokenizer.convert_tokens_to_ids("▁the")]
+    model.save_pretrained(folder)
+    tokenizer_with(folder, ["<think>"])
+    path = write(tmp_path / "p.txt", "What does <think> zip do?", "What does list.sort do?")
+    options = ["--prompts", path, "--draft-tokens", 3, "--warmup", 0, "--max-new-tokens", 24, "--json", out]
+    assert run("--main", folder, "--draft", DRAFT, *options) == 0
+    assert "All 2 outputs are the main model's own" in capsys.readouterr().out
+    prompts = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert 2048 in [token for prompt in prompts for token in prompt["speculative"]["token_ids"]]
+
+
 def test_the_chat_template_is_the_models_own():
     tokenizer = tokenizer_of()
     ids = sd.encode(tokenizer, "Hello!", chat=True)
