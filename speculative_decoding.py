@@ -1,4 +1,9 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch~=2.13.0", "transformers~=5.23.0", "accelerate~=1.15.0", "huggingface_hub~=2.4", "numpy~=2.0",
+#   "rich~=15.0"]
+# ///
 """How much faster is speculative decoding with this pair of models on this machine, and is the output unchanged?
 
     python speculative_decoding.py                       gemma-2-9b-it and gemma-2-2b-it on the GPU, prompts.txt
@@ -51,6 +56,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -337,15 +343,14 @@ def accept_or_resample(p: Tensor, q: Tensor, draft_ids: Tensor, uniform: Tensor)
     A draft token x is accepted with probability min(1, p(x) / q(x)): where the draft draws it more often than the main
     model would, the excess is rejected. After a rejection, the next token is drawn from the residual distribution,
     max(0, p - q) normalised: what the main model has more of. The two ways to emit a token add up to p. After the last
-    draft token there is no q to subtract, and the bonus token is drawn from p. q can be of fewer tokens than p: the
-    draft has no others.
+    draft token there is no q to subtract, and the bonus token is drawn from p.
     """
     p_drafted, q_drafted = (of.gather(1, draft_ids[:, None])[:, 0] for of in (p[:-1], q))
     is_accepted = uniform * q_drafted < p_drafted  # uniform < p / q
     accepted = is_accepted.float().cumprod(dim=0).sum(dim=0, keepdim=True).long()  # float: MPS has no cumprod of int64
     p_next = p.index_select(0, accepted)
-    q_next = pad(q, (0, p.shape[1] - q.shape[1], 0, 1)).index_select(0, accepted)
-    residual = (p_next - q_next).clamp(min=0)
+    q = pad(q, (0, p.shape[1] - q.shape[1], 0, 1))  # 0 also for tokens that the draft's vocabulary lacks
+    residual = (p_next - q.index_select(0, accepted)).clamp(min=0)
     total = residual.sum()
     return accepted, torch.where(total > 0, residual / total, p_next)  # p = q but for rounding: nothing is left
 
@@ -498,8 +503,8 @@ class ModelDraft(Draft):
     def __init__(self, model: CachedModel, sampler: Sampler):
         self.model, self.sampler, self.models = model, sampler, (model,)
         self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
-        # In place of tokens that only the main model knows, the draft reads its last one. It may draft worse for it;
-        # the output stays right, as the main model reads the text itself, and decides what is accepted.
+        # What it reads in place of tokens that only the main model knows. It can only draft worse for it: the output
+        # stays right, as the main model reads the text itself, and verifies what is drafted.
         self.last_id = (model.vocabulary or model.model.config.get_text_config().vocab_size) - 1
 
     def reset(self, prompt_ids: Tensor) -> None:
@@ -963,6 +968,8 @@ def cli_errors(what: str, hint: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            hint = f"`pip install {error.name.partition('.')[0]}`"
         raise UsageError(f"cannot {what}: {first_line(error)}; {hint}") from error
 
 
@@ -1632,10 +1639,10 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def hub_refuses(name: str) -> Exception | None:
-    """Ask the hub for a model, once and not for long: downloads themselves would try again for half a minute."""
+def ask_hub(name: str) -> huggingface_hub.ModelInfo | Exception:
+    """What the hub says of a model, once and not for long: downloads themselves would try again for half a minute."""
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=4)
+        return huggingface_hub.HfApi().model_info(name, timeout=4, files_metadata=True)
     except Exception as error:  # whatever network and hub come up with
         return error
 
@@ -1645,14 +1652,14 @@ def fetch(name: str, weights: bool = False) -> str:
     """A model's folder: the name itself, or what the hub has by that name, without its code. Raises UsageError."""
     if os.path.isdir(name):
         return name
-    refusal, patterns = hub_refuses(name), ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
+    about, patterns = ask_hub(name), ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
     try:
-        if isinstance(refusal, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
-            raise refusal
-        only_local = {"etag_timeout": 5, "local_files_only": bool(refusal)}
+        if isinstance(about, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
+            raise about
+        only_local = {"etag_timeout": 5, "local_files_only": isinstance(about, Exception)}
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], **only_local)
     except Exception as error:
-        status = getattr(getattr(refusal, "response", None), "status_code", None)
+        status = getattr(getattr(about, "response", None), "status_code", None)
         access = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
         answer = f"answers with status {status}" if status else "cannot be reached"
         unread = f"{answer}: check the connection, name local folders with --main and --draft, or try --demo"
@@ -1678,16 +1685,49 @@ class ModelFiles(NamedTuple):
     name: str
     config: transformers.PreTrainedConfig
     parameters: int
+    weight_bytes: int
     bytes_per_token: int  # of its KV cache
+    quantization: str  # "" if there is none
 
 
-def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
+def checkpoint_bytes(name: str) -> int:
+    """The size of a model's safetensors files: in its folder, or, before they are downloaded, as the hub states it."""
+    about = None if os.path.isdir(name) else ask_hub(name)
+    sizes = {path.name: path.stat().st_size for path in pathlib.Path(fetch(name)).iterdir()}
+    if isinstance(about, huggingface_hub.ModelInfo):
+        sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    return sum(size for file, size in sizes.items() if re.fullmatch(r"(?!consolidated)[^/]*\.safetensors", file))
+
+
+def read_quantization(name: str, config: Any, device: torch.device | str, dense: int) -> tuple[str, int]:
+    """A quantised model's format, e.g. "4 bit, awq", and its weights' bytes; else "", `dense`. Raises UsageError."""
+    stated = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    if not (stated := stated[0] or stated[1]):
+        return "", dense
+    with cli_errors(f"run {name}, which is quantised", "install what that asks for, or take another checkpoint of it"):
+        quantizer = transformers.quantizers.AutoHfQuantizer.from_config(copy.deepcopy(stated), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, weights_only=True)
+        method = stated.get("quant_method", "bitsandbytes")
+        bits = re.findall(r'(?:bits?": |load_in_(?=\dbit": true)|[Ii]nt)(\d{1,2})(?!\d)', json.dumps(stated))
+        words = ", ".join([f"{min(map(int, bits))} bit"] * bool(bits) + [method])
+        # compressed-tensors does so in the first pass; others when loaded, where the device lacks kernels for them.
+        if method == "compressed-tensors" or getattr(quantizer.quantization_config, "dequantize", False):
+            return f"{words}, decompressed to run", dense
+        return words, checkpoint_bytes(name) or dense
+
+
+def read_model_files(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelFiles:
     """Measure a model on meta tensors, which have no storage. Raises UsageError for one that cannot be rolled back."""
     limits = {"num_hidden_layers": 1000, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24}
     limits |= {"num_attention_heads": 2**12, "num_key_value_heads": 2**12, "max_position_embeddings": 2**30}
     limits |= {"sliding_window": 2**30}
     with cli_errors(f"load {name}", "the folder needs the config.json of a causal language model, complete"):
         written, _ = transformers.PreTrainedConfig.get_config_dict(fetch(name))
+        keys = written.keys() & {"speculators_config", "medusa_num_heads", "draft_vocab_size"}
+        kind = str([written.get("architectures"), written.get("model_type"), *keys])
+        if head := re.search(r"(?i)\w*(eagle|medusa|mtp|dflash|speculator|_assistant|draft_vocab)\w*", kind):
+            why = f"{name} is no model of its own but works within another ({head[0]})"
+            raise UsageError(f"{why}: take a small model of the main model's family, or --draft ngram")
         for field, most in limits.items():  # before anything is built
             value = written.get("text_config", written).get(field)
             if value is not None and not (isinstance(value, int) and 1 <= value <= most):
@@ -1711,23 +1751,47 @@ def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
     with contextlib.suppress(Exception):  # some mixtures of experts cannot run without storage: 0
         cached.prefill(torch.zeros(1, 1, dtype=torch.long, device="meta"))
     stored = [getattr(layer, part, None) for layer in cached.cache.layers for part in ("keys", "values")]
-    return ModelFiles(name, config, model.num_parameters(), sum(part.nbytes for part in stored if part is not None))
+    cache = sum(part.nbytes for part in stored if part is not None)
+    quantization, weights = read_quantization(name, config, device, model.num_parameters() * dtype.itemsize)
+    return ModelFiles(name, config, model.num_parameters(), weights, cache, quantization)
+
+
+def free_gb(device: torch.device) -> float:
+    """The device's free memory."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.get_memory_info(device)[0] / 1e9
+    return accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
+
+
+PAIRS = (  # main, draft, GB of the weights of both in bfloat16, whether they are gated; the largest first
+    ("google/gemma-2-27b-it", DEFAULT_DRAFT, 59.7, True),
+    ("Qwen/Qwen2.5-14B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", 30.5, False),
+    (DEFAULT_MAIN, DEFAULT_DRAFT, 23.7, True),
+    ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", 16.2, False),
+    ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 3.7, False),
+)
+
+
+def pairs_that_fit(device: torch.device, dtype: torch.dtype, refused: list[str], gated: bool = True) -> str:
+    """The options for the largest of PAIRS that fits into what is free, and for the largest that is not gated."""
+    scale, room = dtype.itemsize / 2, 0.9 * free_gb(device)  # a tenth to work in
+    fitting = [row for row in PAIRS if row[2] * scale <= room and list(row[:2]) != refused]
+    ungated = [row for row in fitting if not row[3]]
+    chosen = dict.fromkeys(fitting[:gated] + ungated[:1])
+    return " or ".join(f"--main {main} --draft {draft} ({gb * scale:.1f} GB)" for main, draft, gb, _ in chosen)
 
 
 def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch.device, tokens: int) -> None:
     """Raise UsageError if the device has less free memory than weights and caches take; tokens: the most of a text."""
-    if device.type in ("cuda", "xpu"):
-        free = torch.accelerator.get_memory_info(device)[0] / 1e9
-    else:
-        free = accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
-    needed, parts = 0.0, []
+    free, needed, parts = free_gb(device), 0.0, []
     for role, of in files.items():
-        weights, cache = of.parameters * dtype.itemsize / 1e9, of.bytes_per_token * tokens / 1e9
+        weights, cache = of.weight_bytes / 1e9, of.bytes_per_token * tokens / 1e9
         needed += weights + cache
         parts.append(f"{role} {of.name} {weights:.1f} + {cache:.1f}")
     if needed <= free:
         return
-    hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
+    others = pairs_that_fit(device, dtype, [of.name for of in files.values()])
+    hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair" + f": {others}" * bool(others)]
     if dtype == torch.float32 and needed / 2 <= free:
         hints.insert(0, "--dtype bfloat16 (half of it)")
     raise UsageError(
@@ -1744,16 +1808,12 @@ def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dt
             fetch(name, weights=True), config=config, dtype=dtype, **how
         )
     if missing := sorted(loading["missing_keys"]):
-        raise UsageError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
+        raise UsageError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download a whole model")
     return model
 
 
 def load_tokenizer(names: list[str]) -> tuple[transformers.PreTrainedTokenizerBase, int]:
-    """The first model's tokenizer, and how many ids, from 0 on, mean the same token to all models. Raises UsageError.
-
-    Beyond these there may be only special and added tokens, as multimodal models and fine-tunes have, and none of their
-    ids may have two meanings.
-    """
+    """The first model's tokenizer, and how many ids all know alike: beyond, only added tokens. Raises UsageError."""
     tokenizers, ordinary = [], False
     for name in names:
         with cli_errors(f"load the tokenizer of {name}", "download it again"):
@@ -1850,13 +1910,11 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
 
 
 def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, capacity: int | None) -> tuple:
-    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None.
-
-    The draft proposes only tokens that both tokenizers know alike, the first `shared`, and both models have.
-    """
+    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
     sampler = Greedy()
     if settings.temperature:
         sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
+    # The draft proposes tokens that both models have and both tokenizers know; the main model generates any of its own.
     vocabularies = {"draft": min(shared, *(model.config.get_text_config().vocab_size for model in models.values()))}
     kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
     cached = {role: kind(model, vocabularies.get(role), device) for role, model in models.items()}
@@ -1872,7 +1930,8 @@ def describe(console: Console, settings: Any, files: dict[str, ModelFiles], envi
         rows["draft"] = (settings.draft, draft.description)
     for role, of in files.items():
         layers = counted(of.config.get_text_config().num_hidden_layers, "layer")
-        rows[role] = (plain(of.name), f"{of.parameters / 1e6:,.1f} M parameters, {layers}")
+        facts = filter(None, [f"{of.parameters / 1e6:,.1f} M parameters", layers, of.quantization])
+        rows[role] = (plain(of.name), ", ".join(facts))
     for role, (name, description) in sorted(rows.items(), reverse=True):
         console.print(f"  {role:<5}  {name:<{max(len(name) for name, _ in rows.values())}}  {description}")
     threads = f", {counted(environment['threads'], 'thread')}" if environment["device"] == "cpu" else ""
@@ -1905,7 +1964,13 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if settings.draft not in DRAFTS_WITHOUT_MODEL:
         names["draft"] = settings.draft
     prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
-    files = {role: read_model_files(name, dtype) for role, name in names.items()}
+    try:
+        files = {role: read_model_files(name, dtype, device) for role, name in names.items()}
+    except UsageError as error:
+        others = pairs_that_fit(device, dtype, list(names.values()), gated=False)
+        if isinstance(error.__cause__, hub_errors.GatedRepoError) and others:
+            raise UsageError(f"{error}; or take a pair that is not: {others}") from error
+        raise
     tokenizer, shared = load_tokenizer(list(names.values()))
     configs = [of.config.get_text_config() for of in files.values()]
     context = min(getattr(config, "max_position_embeddings", None) or math.inf for config in configs)

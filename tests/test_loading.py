@@ -338,7 +338,7 @@ def test_the_hubs_answers_are_told_apart_in_one_line(tmp_path):
 
 def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch):
     """The one trouble that no test can make without a disk of its own: the client's error is put in its place."""
-    monkeypatch.setattr(sd, "hub_refuses", lambda name: None)
+    monkeypatch.setattr(sd, "ask_hub", lambda name: None)
 
     def no_space(*arguments, **options):
         raise OSError(28, "No space left on device")
