@@ -1709,7 +1709,7 @@ def read_quantization(name: str, config: Any, device: torch.device | str, dense:
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
         method = stated.get("quant_method", "bitsandbytes")
         bits = re.findall(r'(?:bits?": |load_in_(?=\dbit": true)|[Ii]nt)(\d{1,2})(?!\d)', json.dumps(stated))
-        words = ", ".join([f"{min(map(int, bits))} bit"] * bool(bits) + [method])
+        words = ", ".join([*(f"{number} bit" for number in sorted(map(int, bits))[:1]), method])
         # compressed-tensors does so in the first pass; others when loaded, where the device lacks kernels for them.
         if method == "compressed-tensors" or getattr(quantizer.quantization_config, "dequantize", False):
             return f"{words}, decompressed to run", dense
@@ -1968,8 +1968,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         files = {role: read_model_files(name, dtype, device) for role, name in names.items()}
     except UsageError as error:
         others = pairs_that_fit(device, dtype, list(names.values()), gated=False)
-        if isinstance(error.__cause__, hub_errors.GatedRepoError) and others:
-            raise UsageError(f"{error}; or take a pair that is not: {others}") from error
+        if "accept its licence" in str(error) and others:
+            raise UsageError(f"{error}; or take a pair that needs none: {others}") from error
         raise
     tokenizer, shared = load_tokenizer(list(names.values()))
     configs = [of.config.get_text_config() for of in files.values()]
