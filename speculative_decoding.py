@@ -1,4 +1,9 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch~=2.13.0", "transformers~=5.23.0", "accelerate~=1.15.0", "huggingface_hub~=2.4", "numpy~=2.0",
+#   "rich~=15.0"]
+# ///
 """How much faster is speculative decoding with this pair of models on this machine, and is the output unchanged?
 
     python speculative_decoding.py                       gemma-2-9b-it and gemma-2-2b-it on the GPU, prompts.txt
@@ -51,6 +56,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -201,7 +207,7 @@ class CachedModel:
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
-        """`vocabulary`: logits are cut to so many tokens, as the models of one family can be padded differently.
+        """`vocabulary`: logits are cut to so many tokens, a draft's to those that the main model knows alike.
 
         `device`: where its inputs go, if its weights are on several devices.
         """
@@ -357,7 +363,8 @@ def accept_or_resample(p: Tensor, q: Tensor, draft_ids: Tensor, uniform: Tensor)
     is_accepted = uniform * q_drafted < p_drafted  # uniform < p / q
     accepted = is_accepted.float().cumprod(dim=0).sum(dim=0, keepdim=True).long()  # float: MPS has no cumprod of int64
     p_next = p.index_select(0, accepted)
-    residual = (p_next - pad(q, (0, 0, 0, 1)).index_select(0, accepted)).clamp(min=0)
+    q = pad(q, (0, p.shape[1] - q.shape[1], 0, 1))  # 0 also for tokens that the draft's vocabulary lacks
+    residual = (p_next - q.index_select(0, accepted)).clamp(min=0)
     total = residual.sum()
     return accepted, torch.where(total > 0, residual / total, p_next)  # p = q but for rounding: nothing is left
 
@@ -521,20 +528,24 @@ class ModelDraft(Draft):
     def __init__(self, model: CachedModel, sampler: Sampler):
         self.model, self.sampler, self.models = model, sampler, (model,)
         self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
+        # What it reads in place of tokens that only the main model knows. It can only draft worse for it: the output
+        # stays right, as the main model reads the text itself, and verifies what is drafted.
+        self.last_id = (model.vocabulary or model.model.config.get_text_config().vocab_size) - 1
 
     def reset(self, prompt_ids: Tensor) -> None:
         self.has_read = prompt_ids.shape[1] - 1  # tokens of the text that its cache holds: all but the prompt's last
         self.confidences = []  # of all draft tokens of this text
         self.model.reset()
         if self.has_read:  # more than one token
-            self.model.prefill(prompt_ids[:, :-1])
+            self.model.prefill(prompt_ids[:, :-1].clamp(max=self.last_id))
 
     def propose(self, text: list[int], length: FixedLength) -> tuple[Tensor, Tensor | None]:
         tokens, confidences, q = [], [], []
         while length.wants_another(confidences):
             # First what it has not read, [1, 2] or more after rounds without a draft; then each of its own tokens,
             # [1, 1], which never leaves the device.
-            unread = tokens[-1] if tokens else torch.tensor([text[self.has_read :]], device=self.model.device)
+            known = [min(token, self.last_id) for token in text[self.has_read :]]
+            unread = tokens[-1] if tokens else torch.tensor([known], device=self.model.device)
             sampled = self.model.step(self.sampler.sample_draft, unread, self.sampler.uniform(1))
             for kept, part in zip((tokens, confidences, q), sampled, strict=True):
                 kept.append(part)
@@ -982,6 +993,8 @@ def cli_errors(what: str, hint: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            hint = f"`pip install {error.name.partition('.')[0]}`"
         raise UsageError(f"cannot {what}: {first_line(error)}; {hint}") from error
 
 
@@ -1784,10 +1797,10 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def hub_refuses(name: str) -> Exception | None:
-    """Ask the hub for a model, once and not for long: downloads themselves would try again for half a minute."""
+def ask_hub(name: str) -> huggingface_hub.ModelInfo | Exception:
+    """What the hub says of a model, once and not for long: downloads themselves would try again for half a minute."""
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=4)
+        return huggingface_hub.HfApi().model_info(name, timeout=4, files_metadata=True)
     except Exception as error:  # whatever network and hub come up with
         return error
 
@@ -1797,14 +1810,14 @@ def fetch(name: str, weights: bool = False) -> str:
     """A model's folder: the name itself, or what the hub has by that name, without its code. Raises UsageError."""
     if os.path.isdir(name):
         return name
-    refusal, patterns = hub_refuses(name), ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
+    about, patterns = ask_hub(name), ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
     try:
-        if isinstance(refusal, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
-            raise refusal
-        only_local = {"etag_timeout": 5, "local_files_only": bool(refusal)}
+        if isinstance(about, hub_errors.HFValidationError | hub_errors.RepositoryNotFoundError):
+            raise about
+        only_local = {"etag_timeout": 5, "local_files_only": isinstance(about, Exception)}
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], **only_local)
     except Exception as error:
-        status = getattr(getattr(refusal, "response", None), "status_code", None)
+        status = getattr(getattr(about, "response", None), "status_code", None)
         access = f"accept its licence at https://huggingface.co/{plain(name)}, then `hf auth login`"
         answer = f"answers with status {status}" if status else "cannot be reached"
         unread = f"{answer}: check the connection, name local folders with --main and --draft, or try --demo"
@@ -1830,16 +1843,49 @@ class ModelFiles(NamedTuple):
     name: str
     config: transformers.PreTrainedConfig
     parameters: int
+    weight_bytes: int
     bytes_per_token: int  # of its KV cache
+    quantization: str  # "" if there is none
 
 
-def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
+def checkpoint_bytes(name: str) -> int:
+    """The size of a model's safetensors files: in its folder, or, before they are downloaded, as the hub states it."""
+    about = None if os.path.isdir(name) else ask_hub(name)
+    sizes = {path.name: path.stat().st_size for path in pathlib.Path(fetch(name)).iterdir()}
+    if isinstance(about, huggingface_hub.ModelInfo):
+        sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    return sum(size for file, size in sizes.items() if re.fullmatch(r"(?!consolidated)[^/]*\.safetensors", file))
+
+
+def read_quantization(name: str, config: Any, device: torch.device | str, dense: int) -> tuple[str, int]:
+    """A quantised model's format, e.g. "4 bit, awq", and its weights' bytes; else "", `dense`. Raises UsageError."""
+    stated = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+    if not (stated := stated[0] or stated[1]):
+        return "", dense
+    with cli_errors(f"run {name}, which is quantised", "install what that asks for, or take another checkpoint of it"):
+        quantizer = transformers.quantizers.AutoHfQuantizer.from_config(copy.deepcopy(stated), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device}, weights_only=True)
+        method = stated.get("quant_method", "bitsandbytes")
+        bits = re.findall(r'(?:bits?": |load_in_(?=\dbit": true)|[Ii]nt)(\d{1,2})(?!\d)', json.dumps(stated))
+        words = ", ".join([*(f"{number} bit" for number in sorted(map(int, bits))[:1]), method])
+        # compressed-tensors does so in the first pass; others when loaded, where the device lacks kernels for them.
+        if method == "compressed-tensors" or getattr(quantizer.quantization_config, "dequantize", False):
+            return f"{words}, decompressed to run", dense
+        return words, checkpoint_bytes(name) or dense
+
+
+def read_model_files(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelFiles:
     """Measure a model on meta tensors, which have no storage. Raises UsageError for one that cannot be rolled back."""
     limits = {"num_hidden_layers": 1000, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24}
     limits |= {"num_attention_heads": 2**12, "num_key_value_heads": 2**12, "max_position_embeddings": 2**30}
     limits |= {"sliding_window": 2**30}
     with cli_errors(f"load {name}", "the folder needs the config.json of a causal language model, complete"):
         written, _ = transformers.PreTrainedConfig.get_config_dict(fetch(name))
+        keys = written.keys() & {"speculators_config", "medusa_num_heads", "draft_vocab_size"}
+        kind = str([written.get("architectures"), written.get("model_type"), *keys])
+        if head := re.search(r"(?i)\w*(eagle|medusa|mtp|dflash|speculator|_assistant|draft_vocab)\w*", kind):
+            why = f"{name} is no model of its own but works within another ({head[0]})"
+            raise UsageError(f"{why}: take a small model of the main model's family, or --draft ngram")
         for field, most in limits.items():  # before anything is built
             value = written.get("text_config", written).get(field)
             if value is not None and not (isinstance(value, int) and 1 <= value <= most):
@@ -1863,23 +1909,47 @@ def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
     with contextlib.suppress(Exception):  # some mixtures of experts cannot run without storage: 0
         cached.prefill(torch.zeros(1, 1, dtype=torch.long, device="meta"))
     stored = [getattr(layer, part, None) for layer in cached.cache.layers for part in ("keys", "values")]
-    return ModelFiles(name, config, model.num_parameters(), sum(part.nbytes for part in stored if part is not None))
+    cache = sum(part.nbytes for part in stored if part is not None)
+    quantization, weights = read_quantization(name, config, device, model.num_parameters() * dtype.itemsize)
+    return ModelFiles(name, config, model.num_parameters(), weights, cache, quantization)
+
+
+def free_gb(device: torch.device) -> float:
+    """The device's free memory."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.get_memory_info(device)[0] / 1e9
+    return accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
+
+
+PAIRS = (  # main, draft, GB of the weights of both in bfloat16, whether they are gated; the largest first
+    ("google/gemma-2-27b-it", DEFAULT_DRAFT, 59.7, True),
+    ("Qwen/Qwen2.5-14B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", 30.5, False),
+    (DEFAULT_MAIN, DEFAULT_DRAFT, 23.7, True),
+    ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", 16.2, False),
+    ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 3.7, False),
+)
+
+
+def pairs_that_fit(device: torch.device, dtype: torch.dtype, refused: list[str], gated: bool = True) -> str:
+    """The options for the largest of PAIRS that fits into what is free, and for the largest that is not gated."""
+    scale, room = dtype.itemsize / 2, 0.9 * free_gb(device)  # a tenth to work in
+    fitting = [row for row in PAIRS if row[2] * scale <= room and list(row[:2]) != refused]
+    ungated = [row for row in fitting if not row[3]]
+    chosen = dict.fromkeys(fitting[:gated] + ungated[:1])
+    return " or ".join(f"--main {main} --draft {draft} ({gb * scale:.1f} GB)" for main, draft, gb, _ in chosen)
 
 
 def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch.device, tokens: int) -> None:
     """Raise UsageError if the device has less free memory than weights and caches take; tokens: the most of a text."""
-    if device.type in ("cuda", "xpu"):
-        free = torch.accelerator.get_memory_info(device)[0] / 1e9
-    else:
-        free = accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
-    needed, parts = 0.0, []
+    free, needed, parts = free_gb(device), 0.0, []
     for role, of in files.items():
-        weights, cache = of.parameters * dtype.itemsize / 1e9, of.bytes_per_token * tokens / 1e9
+        weights, cache = of.weight_bytes / 1e9, of.bytes_per_token * tokens / 1e9
         needed += weights + cache
         parts.append(f"{role} {of.name} {weights:.1f} + {cache:.1f}")
     if needed <= free:
         return
-    hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
+    others = pairs_that_fit(device, dtype, [of.name for of in files.values()])
+    hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair" + f": {others}" * bool(others)]
     if dtype == torch.float32 and needed / 2 <= free:
         hints.insert(0, "--dtype bfloat16 (half of it)")
     raise UsageError(
@@ -1896,25 +1966,31 @@ def load_model(name: str, config: transformers.PreTrainedConfig, dtype: torch.dt
             fetch(name, weights=True), config=config, dtype=dtype, **how
         )
     if missing := sorted(loading["missing_keys"]):
-        raise UsageError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download it again")
+        raise UsageError(f"{name} lacks {len(missing)} of its weights ({missing[0]}, …): download a whole model")
     return model
 
 
-def load_tokenizer(names: list[str]) -> transformers.PreTrainedTokenizerBase:
-    """The first model's tokenizer. The others' must have the same id for the same token. Raises UsageError."""
-    tokenizers = []
+def load_tokenizer(names: list[str]) -> tuple[transformers.PreTrainedTokenizerBase, int]:
+    """The first model's tokenizer, and how many ids all know alike: beyond, only added tokens. Raises UsageError."""
+    tokenizers, ordinary = [], False
     for name in names:
         with cli_errors(f"load the tokenizer of {name}", "download it again"):
             tokenizers.append(AutoTokenizer.from_pretrained(fetch(name), trust_remote_code=False))
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
-    if differing := vocabularies[0].items() ^ vocabularies[-1].items():
+    differing = vocabularies[0].items() ^ vocabularies[-1].items()
+    shared = min((token_id for _, token_id in differing), default=sys.maxsize)
+    for tokenizer, vocabulary in zip(tokenizers, vocabularies, strict=True):
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        ordinary |= any(token_id >= shared and token not in special for token, token_id in vocabulary.items())
+    two_meanings = {token_id for _, token_id in differing}.intersection(*(of.values() for of in vocabularies))
+    if ordinary or two_meanings or not shared:
         token = min(differing)[0]
         sizes, ids = zip(*[(f"{len(of):,}", str(of.get(token, "nothing"))) for of in vocabularies], strict=True)
         raise UsageError(
             f"{' and '.join(names)} have different tokenizers ({' and '.join(sizes)} tokens; {token!r} is "
             f"{' and '.join(ids)}): take a draft of the main model's family, or --draft ngram"
         )
-    return tokenizers[0]
+    return tokenizers[0], shared
 
 
 def encode(tokenizer, text: str, chat: bool, earlier: tuple[dict, ...] = (), switches: dict | None = None) -> list[int]:
@@ -2019,14 +2095,15 @@ def next_turn(tokenizer, settings: Any, context: float, result: Result) -> Promp
         return dataclasses.replace(prompt, error=f"turn {prompt.turn}: {error}")
 
 
-def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int | None) -> tuple:
+def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, capacity: int | None) -> tuple:
     """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
     sampler = Greedy()
     if settings.temperature:
         sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
+    # The draft proposes tokens that both models have and both tokenizers know; the main model generates any of its own.
+    vocabularies = {"draft": min(shared, *(model.config.get_text_config().vocab_size for model in models.values()))}
     kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
-    cached = {role: kind(model, vocabulary, device) for role, model in models.items()}
+    cached = {role: kind(model, vocabularies.get(role), device) for role, model in models.items()}
     draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else DRAFTS_WITHOUT_MODEL[settings.draft](device)
     return cached["main"], draft, sampler
 
@@ -2039,7 +2116,8 @@ def describe(console: Console, settings: Any, files: dict[str, ModelFiles], envi
         rows["draft"] = (settings.draft, draft.description)
     for role, of in files.items():
         layers = counted(of.config.get_text_config().num_hidden_layers, "layer")
-        rows[role] = (plain(of.name), f"{of.parameters / 1e6:,.1f} M parameters, {layers}")
+        facts = filter(None, [f"{of.parameters / 1e6:,.1f} M parameters", layers, of.quantization])
+        rows[role] = (plain(of.name), ", ".join(facts))
     for role, (name, description) in sorted(rows.items(), reverse=True):
         console.print(f"  {role:<5}  {name:<{max(len(name) for name, _ in rows.values())}}  {description}")
     threads = f", {counted(environment['threads'], 'thread')}" if environment["device"] == "cpu" else ""
@@ -2074,15 +2152,21 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if settings.draft not in DRAFTS_WITHOUT_MODEL:
         names["draft"] = settings.draft
     prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
-    files = {role: read_model_files(name, dtype) for role, name in names.items()}
-    tokenizer = load_tokenizer(list(names.values()))
+    try:
+        files = {role: read_model_files(name, dtype, device) for role, name in names.items()}
+    except UsageError as error:
+        others = pairs_that_fit(device, dtype, list(names.values()), gated=False)
+        if "accept its licence" in str(error) and others:
+            raise UsageError(f"{error}; or take a pair that needs none: {others}") from error
+        raise
+    tokenizer, shared = load_tokenizer(list(names.values()))
     configs = [of.config.get_text_config() for of in files.values()]
     context = min(getattr(config, "max_position_embeddings", None) or math.inf for config in configs)
     found, prompts = len(prompts), encode_prompts(prompts, tokenizer, settings, context)
     if len(prompts) < found:
         errors.print(f"warning: {found - len(prompts)} of {found} prompts exceed the context of {context}: left out")
-    if max(max(prompt.ids) for prompt in prompts) >= min(config.vocab_size for config in configs):
-        raise UsageError(f"the tokenizer of {settings.main} has tokens that the models lack; download them again")
+    if max(max(prompt.ids) for prompt in prompts) >= configs[0].vocab_size:
+        raise UsageError(f"the tokenizer of {settings.main} has tokens that the model lacks; download it again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
     longest = min(context, max(prompt.longest for prompt in prompts))
     capacity = longest + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
@@ -2113,13 +2197,13 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
-            pair = wrap_pair(settings, models, device, capacity)
+            pair = wrap_pair(settings, models, shared, device, capacity)
             compile_steps(*pair, settings.draft_tokens, functools.partial(errors.print, style="dim"))
         except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
             console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
             settings, pair = dataclasses.replace(settings, compile="off"), None
     compile_s = time.perf_counter() - start
-    main, draft, sampler = pair or wrap_pair(settings, models, device, None)
+    main, draft, sampler = pair or wrap_pair(settings, models, shared, device, None)
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)

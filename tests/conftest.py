@@ -98,6 +98,17 @@ def like(model, noise: float, seed: int = 1):
     return draft
 
 
+def with_more_tokens(model, tokens=80):
+    """A model with further tokens at the end of its vocabulary, as likely as the others."""
+    model, known = copy.deepcopy(model), model.config.vocab_size
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[known:].normal_(0, layer.weight[:known].std().item())
+    return model
+
+
 def always_wrong(model):
     """A draft that never chooses what the model chooses: its copy, with the rows of the output layer moved by one."""
     draft = copy.deepcopy(model)

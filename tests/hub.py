@@ -89,7 +89,7 @@ def main(folder: str, *arguments: str) -> None:
         if case in ("late", "refused"):  # the hub is gone; what was fetched before is still there
             server.shutdown()
             server.server_close()
-            sd.hub_refuses.cache_clear(), sd.fetch.cache_clear()
+            sd.ask_hub.cache_clear(), sd.fetch.cache_clear()
         start, said = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             status = sd.main([*arguments, "--draft", name])
@@ -98,7 +98,7 @@ def main(folder: str, *arguments: str) -> None:
             address = ("127.0.0.1", server.server_port)
             server = http.server.ThreadingHTTPServer(address, server.RequestHandlerClass)
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            sd.hub_refuses.cache_clear(), sd.fetch.cache_clear()
+            sd.ask_hub.cache_clear(), sd.fetch.cache_clear()
     print(json.dumps(results))
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import psutil
 import pytest
@@ -48,6 +49,14 @@ def command(*arguments):
 def write(path, *lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return path
+
+
+def test_the_packages_at_the_top_of_the_file_are_those_of_requirements_txt():
+    """So that `uv run speculative_decoding.py` needs no environment by hand."""
+    block = re.search(r"(?ms)^# /// script\n(.*?)^# ///$", PROGRAM.read_text())[1]
+    script = tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
+    assert script["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert script["requires-python"] == ">=3.11"
 
 
 # What it does

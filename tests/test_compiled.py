@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import baseline, counts_of, like, make_model, prompt_of, speculate
+from conftest import baseline, counts_of, like, make_model, prompt_of, speculate, with_more_tokens
 from torch._dynamo.utils import counters
 from torch._inductor import config, cudagraph_utils
 from torch._inductor.async_compile import AsyncCompile
@@ -87,6 +87,23 @@ def test_drawing_can_be_compiled_too(graphs):
         own = baseline(main, prompt, NEW, sampler=sampler, number=number).token_ids
         assert own == baseline(model, prompt, NEW, sampler=sampler, number=number).token_ids
     assert len(graphs) == 4  # one for each kind of step and number of tokens, and none since
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_draft_that_knows_fewer_tokens_can_be_compiled_too(graphs, temperature):
+    sampler = sd.Sampling(temperature, seed=3) if temperature else sd.Greedy()
+    known = make_model("gemma2")
+    model, draft_model = with_more_tokens(known), like(known, 0.02)
+    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 4, 0))
+    draft = compiled(draft_model, sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
+    for number, prompt in enumerate([[5, 9, 70, 2], [79]]):
+        expected = speculate(model, draft_model, prompt, 3, NEW, sampler=sampler, number=number)
+        result = speculate(main, draft, prompt, 3, NEW, sampler=sampler, number=number)
+        assert (result.token_ids, counts_of(result)) == (expected.token_ids, counts_of(expected))
+        assert max(result.token_ids) >= 61
+        if not temperature:
+            assert result.token_ids == baseline(model, prompt, NEW).token_ids
+    assert len(graphs) == 4
 
 
 def test_compiled_steps_round_differently_and_that_is_a_tie():

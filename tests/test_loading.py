@@ -1,16 +1,29 @@
 """Prompts, the hub, memory, configurations, tokenizers and encodings: what is read before anything is decoded."""
 
+import copy
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, baseline, counts_of, generation_of, ids_of, like, make_model, speculate
+from conftest import (
+    ROOT,
+    baseline,
+    counts_of,
+    generation_of,
+    ids_of,
+    like,
+    make_model,
+    prompt_of,
+    speculate,
+    with_more_tokens,
+)
 from safetensors.torch import load_file, save_file
 from test_command_line import DRAFT, MAIN, PAIR, QUICK, refused, run, write
 
@@ -270,6 +283,126 @@ def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capsys):
     assert "try a smaller pair" in message and "--device-map" not in message  # nothing else would help on a CPU
 
 
+def test_pairs_that_fit_are_named(tmp_path, capsys, monkeypatch):
+    gemma, qwen = "google/gemma-2-9b-it --draft google/gemma-2-2b-it", "Qwen/Qwen2.5-7B-Instruct"
+    for free, dtype, refused_pair, gated, named, absent in [
+        (30, torch.bfloat16, [], True, [f"--main {gemma} (23.7 GB) or --main {qwen} --draft"], "27b"),
+        (30, torch.bfloat16, [sd.DEFAULT_MAIN, sd.DEFAULT_DRAFT], True, [qwen], "gemma"),  # not what was refused
+        (30, torch.bfloat16, [], False, [qwen], "gemma"),
+        (24, torch.bfloat16, [], True, [f"{qwen} --draft Qwen/Qwen2.5-0.5B-Instruct (16.2 GB)"], " or "),
+        (24, torch.float32, [], True, ["SmolLM2-1.7B-Instruct", "(7.4 GB)"], " or "),
+        (4, torch.bfloat16, [], True, [], "-"),
+    ]:
+        monkeypatch.setattr(sd, "free_gb", lambda device, free=free: free)
+        said = sd.pairs_that_fit(torch.device("cpu"), dtype, refused_pair, gated)
+        assert all(part in said for part in named) and absent not in said
+    monkeypatch.setattr(sd, "free_gb", lambda device: 24)
+    message = refused(capsys, "--main", giant(tmp_path / "giant"), "--draft", DRAFT, "--dtype", "bfloat16")
+    assert f"cpu has 24.0 GB free: try a smaller pair: --main {qwen} --draft" in message
+
+
+# Quantised checkpoints
+
+
+def quantised(folder, stated):
+    """The bundled main model as if it were quantised: by its config.json only."""
+    shutil.copytree(MAIN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+    return folder
+
+
+PACKED = (MAIN / "model.safetensors").stat().st_size
+
+
+def test_a_quantised_checkpoint_takes_what_its_files_take(tmp_path, monkeypatch):
+    folder, dense = quantised(tmp_path / "main", {"quant_method": "bitnet"}), 4 * model_of(MAIN).num_parameters()
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights in another form")
+    of = sd.read_model_files(str(folder), torch.float32)
+    assert (of.weight_bytes, of.quantization) == (PACKED, "bitnet") and of.parameters * 4 == dense
+    assert (sd.read_model_files(str(MAIN), torch.float32).weight_bytes) == dense
+    # On a CPU, the library decompresses these.
+    folder = quantised(tmp_path / "fp8", {"quant_method": "fp8", "weight_block_size": [8, 8]})
+    of = sd.read_model_files(str(folder), torch.float32)
+    assert (of.weight_bytes, of.quantization) == (dense, "fp8, decompressed to run")
+    # As the hub states it, while the weights are not here yet.
+    files = {"model-1.safetensors": 5, "model-2.safetensors": 6, "config.json": 7, "other/model.safetensors": 8}
+    siblings = [{"rfilename": name, "size": size} for name, size in files.items()]
+    monkeypatch.setattr(sd, "ask_hub", lambda name: sd.huggingface_hub.ModelInfo(id=name, siblings=siblings))
+    monkeypatch.setattr(sd, "fetch", lambda name: str(tmp_path / "main"))
+    assert sd.read_model_files("someone/quantised", torch.float32).weight_bytes == 11
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "`pip install optimum`"),
+        ({"load_in_4bit": True}, "`pip install -U bitsandbytes"),
+        ({"quant_method": "no such format"}, "Unknown quantization type"),
+        ({"quant_method": ["awq"]}, "which is quantised"),
+        ("4 bit", "cannot load"),
+    ],
+)
+def test_a_quantised_model_that_cannot_run_here_is_one_line(tmp_path, capsys, one_prompt, stated, said):
+    folder = quantised(tmp_path / "main", stated)
+    message = refused(capsys, "--main", folder, "--draft", DRAFT, "--prompts", one_prompt)
+    assert str(folder) in message and said in message
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(
+        sd.UsageError, match="cannot do it: No module named 'no_such_package'; `pip install no_such_pac"
+    ):
+        with sd.cli_errors("do it", "some other hint"):
+            import no_such_package.part  # noqa: F401
+
+
+def quantise_by_torchao(folder):
+    config = transformers.TorchAoConfig(quant_type=pytest.importorskip("torchao").quantization.Int8WeightOnlyConfig())
+    how = {"dtype": torch.bfloat16, "quantization_config": config}
+    transformers.AutoModelForCausalLM.from_pretrained(MAIN, **how).save_pretrained(folder)
+
+
+def quantise_by_compressed_tensors(folder):
+    library = pytest.importorskip("compressed_tensors")
+    weights = library.quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=64)
+    scheme = library.quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    how = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"], "format": "pack-quantized"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(MAIN, dtype=torch.bfloat16)
+    library.quantization.apply_quantization_config(model, library.quantization.QuantizationConfig(**how))
+    for layer in model.modules():
+        if hasattr(layer, "weight_scale"):
+            blocks = layer.weight.data.unflatten(1, (-1, 64))
+            layer.weight_scale.data = blocks.abs().amax(dim=-1) / 7
+    compressor = library.compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder, state_dict=model.state_dict())
+    compressor.update_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("quantise", "header"),
+    [(quantise_by_torchao, "8 bit, torchao"), (quantise_by_compressed_tensors, "4 bit, compressed-tensors, decompr")],
+)
+def test_a_quantised_main_model_runs_with_an_unquantised_draft(tmp_path, capsys, one_prompt, quantise, header):
+    folder = tmp_path / "main"
+    quantise(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(MAIN / name, folder / name)
+    options = ["--prompts", one_prompt, "--draft-tokens", 3, "--max-new-tokens", 24, "--warmup", 0]
+    assert run("--main", folder, "--draft", DRAFT, *options) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert header in printed and "The output is the main model's own, token for token." in printed
+    of = sd.read_model_files(str(folder), torch.float32)
+    model, size = model_of(folder), (folder / "model.safetensors").stat().st_size
+    sd.CachedModel(model).prefill(ids_of([5, 9]))
+    assert size < 0.6 * PACKED
+    if "decompressed" in of.quantization:  # so much is what it takes once it runs
+        assert of.weight_bytes == pytest.approx(sum(weight.nbytes for weight in model.parameters()), rel=0.1)
+    else:
+        assert of.weight_bytes == size
+
+
 # Models that are broken, or of another kind: status 2, and one line that says what and how
 
 
@@ -340,6 +473,35 @@ def test_models_that_cannot_roll_back_are_refused(tmp_path, capsys, one_prompt):
     assert "encoder-decoder" in refused(capsys, "--main", t5, "--draft", DRAFT, "--prompts", one_prompt)
 
 
+HEADS = {
+    "LlamaForCausalLMEagle3": {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"},
+    "draft_vocab_size": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "draft_vocab_size": 32},
+    "Eagle3Speculator": {"architectures": ["Eagle3Speculator"], "speculators_config": {"algorithm": "eagle3"}},
+    "medusa_num_heads": {"medusa_num_heads": 2, "base_model_name_or_path": "lmsys/vicuna-7b-v1.3"},
+    "gemma4_assistant": {"architectures": ["?"], "model_type": "gemma4_assistant", "text_config": None},
+    "DFlashDraftModel": {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"},
+    "DeepSeekMTPModel": {"architectures": ["DeepSeekMTPModel"], "model_type": "deepseek_mtp"},
+    "mlp_speculator": {"architectures": 7, "model_type": "mlp_speculator"},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_drafts_that_are_no_models_of_their_own_are_refused(tmp_path, capsys, one_prompt, head):
+    (tmp_path / "config.json").write_text(json.dumps(HEADS[head]))
+    for pair in (["--main", MAIN, "--draft", tmp_path], ["--main", tmp_path, "--draft", "ngram"]):
+        message = refused(capsys, *pair, "--prompts", one_prompt)
+        assert f"{tmp_path} is no model of its own but works within another ({head}): take a small model" in message
+        assert message.endswith("or --draft ngram")
+
+
+def test_a_model_that_brings_such_heads_is_a_whole_one(tmp_path):
+    """As DeepSeek V3 and GLM 4.5 do: layers that predict further tokens, which stay out of use here."""
+    folder = shutil.copytree(DRAFT, tmp_path / "draft")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_mtp_layers": 1, "mtp_loss_scaling_factor": 0.1}))
+    assert sd.read_model_files(str(folder), torch.float32).parameters
+
+
 def test_models_that_are_not_there_are_refused(capsys, one_prompt):
     message = refused(capsys, "--main", "nobody/nothing", "--prompts", one_prompt)
     assert "nobody/nothing" in message and "--demo" in message
@@ -361,11 +523,11 @@ def test_the_hubs_answers_are_told_apart_in_one_line(tmp_path):
     assert results["whole"][0] == results["late"][0] == 0  # downloaded, and then used without the hub
     for case, expected in {
         "gated": "accept its licence at https://huggingface.co/someone/gated, then `hf auth login`",
-        "gated-too": "is a gated model",
-        "gated-files": "is a gated model",
+        "gated-too": "is a gated model, and you have no access: accept its licence",
+        "gated-files": "is a gated model, and you have no access: accept its licence",
         "hidden": "check the spelling",
         "missing": "check the spelling",
-        "forbidden": "does not let you read someone/forbidden (status 403)",
+        "forbidden": "does not let you read someone/forbidden (status 403): accept its licence",
         "broken": "answers with status 500",
         "cut": "cannot download someone/cut",
         "silent": "cannot be reached: check the connection",
@@ -374,13 +536,15 @@ def test_the_hubs_answers_are_told_apart_in_one_line(tmp_path):
         status, said = results[case]
         errors = [line for line in said.splitlines() if not line.startswith("Loading ")]
         assert status == 2 and len(errors) == 1 and expected in errors[0], case
+        ungated = "licence" in expected and sd.pairs_that_fit(torch.device("cpu"), torch.float32, [], gated=False)
+        assert ("; or take a pair that needs none: --main " in errors[0]) == bool(ungated), case
     silent = next(seconds for case, _, seconds, _ in json.loads(done.stdout) if case == "silent")
     assert silent < 15  # not the client's half minute; the server itself never answers
 
 
 def test_a_full_disk_is_named(tmp_path, capsys, monkeypatch):
     """The one trouble that no test can make without a disk of its own: the client's error is put in its place."""
-    monkeypatch.setattr(sd, "hub_refuses", lambda name: None)
+    monkeypatch.setattr(sd, "ask_hub", lambda name: None)
 
     def no_space(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -410,6 +574,94 @@ def test_what_differs_between_tokenizers_is_said(tmp_path, capsys):
     message = refused(capsys, "--main", MAIN, "--draft", folder)
     assert "different tokenizers" in message and re.search(r"'<end_of_turn>' is \d+ and nothing", message)
     assert "family, or --draft ngram" in message
+
+
+def tokenizer_with(folder, special=(), ordinary=()):
+    """A folder with the bundled tokenizer, and further tokens behind its 2,048."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(MAIN / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {token: 2048 + place for place, token in enumerate(ordinary)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tokenizer = tokenizer_of(folder)
+    tokenizer.add_tokens(list(special))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TAILS = {  # what main and draft add; how many tokens both know alike, or what is said
+    "nothing": ([], [], sys.maxsize),
+    "one of main's": (["<x>"], [], 2048),
+    "two of the draft's": ([], ["<x>", "<y>"], 2048),
+    "one that both have, and one of main's": (["<x>", "<y>"], ["<x>"], 2049),
+    "two in one place": (["<x>"], ["<y>"], "'<x>' is 2048 and nothing"),
+    "two the other way round": (["<x>", "<y>"], ["<y>", "<x>"], "'<x>' is 2048 and 2049"),
+}
+
+
+@pytest.mark.parametrize("case", TAILS)
+def test_tokenizers_may_differ_in_added_tokens_at_the_tail(tmp_path, case):
+    *added, expected = TAILS[case]
+    folders = [tokenizer_with(tmp_path / name, tokens) for name, tokens in zip("md", added, strict=True)]
+    if isinstance(expected, int):
+        assert sd.load_tokenizer(folders)[1] == expected
+    else:
+        with pytest.raises(sd.UsageError, match=f"different tokenizers .*{expected}"):
+            sd.load_tokenizer(folders)
+
+
+def test_ordinary_tokens_at_the_tail_are_another_tokenizer(tmp_path):
+    folders = [tokenizer_with(tmp_path / "m", ordinary=["zebra"]), tokenizer_with(tmp_path / "d", ["<x>"])]
+    for names in (folders, folders[::-1], [folders[0], str(MAIN)]):
+        with pytest.raises(sd.UsageError, match="different tokenizers"):
+            sd.load_tokenizer(names)
+
+
+def test_a_fine_tune_with_a_token_of_its_own_runs_with_its_familys_draft(tmp_path, capsys):
+    """In prompts, and where it generates it: its output row is that of a common token, twice as long."""
+    folder, out = tmp_path / "main", tmp_path / "out.json"
+    tokenizer, model = tokenizer_of(MAIN), transformers.AutoModelForCausalLM.from_pretrained(MAIN)
+    model.resize_token_embeddings(2056, mean_resizing=False)
+    head = model.get_output_embeddings().weight
+    head.data[2048:] = 0
+    head.data[2048] = 2 * head.data[tokenizer.convert_tokens_to_ids("▁the")]
+    model.save_pretrained(folder)
+    tokenizer_with(folder, ["<think>"])
+    path = write(tmp_path / "p.txt", "What does <think> zip do?", "What does list.sort do?")
+    options = ["--prompts", path, "--draft-tokens", 3, "--warmup", 0, "--max-new-tokens", 24, "--json", out]
+    assert run("--main", folder, "--draft", DRAFT, *options) == 0
+    assert "All 2 outputs are the main model's own" in capsys.readouterr().out
+    prompts = json.loads(out.read_text())["runs"][0]["prompts"]
+    assert 2048 in [token for prompt in prompts for token in prompt["speculative"]["token_ids"]]
+
+
+def test_a_multimodal_gemma_3_runs_with_a_draft_for_text_only(tmp_path, capsys):
+    """Its tokenizer has an image token more, its model some rows more, and a vision tower that stays unused."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"head_dim": 8, "intermediate_size": 48, "sliding_window": 16, "tie_word_embeddings": False}
+    text = transformers.Gemma3TextConfig(vocab_size=2056, layer_types=["sliding_attention", "full_attention"], **shape)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    main = transformers.AutoModelForCausalLM.from_config(config)
+    for weight in main.model.language_model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, 0, 2 / weight.shape[-1] ** 0.5)
+    torch.nn.init.normal_(main.lm_head.weight, 0, 0.3).data[2048] *= 3
+    draft = transformers.Gemma3ForCausalLM(copy.deepcopy(text))
+    draft.model.load_state_dict(main.model.language_model.state_dict())
+    draft.lm_head.load_state_dict(main.lm_head.state_dict())
+    draft.resize_token_embeddings(2048)
+    main.save_pretrained(tmp_path / "main")
+    like(draft, 0.02).save_pretrained(tmp_path / "draft")
+    pair = ["--main", tokenizer_with(tmp_path / "main", ["<image>"]), "--draft", tokenizer_with(tmp_path / "draft")]
+    out, how = tmp_path / "out.json", ["--prompts", BUNDLED / "prompts.txt", "--ignore-eos", "--max-new-tokens", 32]
+    assert run(*pair, *how, "--draft-tokens", 3, "--limit", 2, "--json", out) == 0
+    assert "All 2 outputs are the main model's own, token for token." in capsys.readouterr().out
+    measured = json.loads(out.read_text())["runs"][0]
+    tokens = {token for prompt in measured["prompts"] for token in prompt["speculative"]["token_ids"]}
+    assert len(tokens) > 20 and 2048 in tokens and measured["summary"]["speculative"]["acceptance_rate"] > 0.1
 
 
 def test_the_chat_template_is_the_models_own():
@@ -543,15 +795,32 @@ def test_arguments_for_the_chat_template_reach_it(tmp_path, capsys, one_prompt):
     assert "chat_template is not set" in message and "check --chat-template-args" in message
 
 
-def test_a_padded_vocabulary_of_one_family_is_fine():
-    """Both ways: the models' sizes differ, their tokenizers do not."""
-    larger = make_model("gemma2")
-    larger.resize_token_embeddings(80)
-    main = make_model("gemma2")
-    for one, other in ((main, larger), (larger, main)):
-        result = speculate(sd.CachedModel(one, 61), sd.CachedModel(other, 61), [5, 9], 3)
-        assert result.token_ids == baseline(sd.CachedModel(one, 61), [5, 9]).token_ids
-        assert max(result.token_ids) < 61
+SIZES = {"the main model has more": (80, 61), "the draft has more": (61, 80), "both have more": (80, 80)}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_draft_proposes_what_both_know_and_the_main_model_is_never_cut(case, temperature):
+    known = make_model("gemma2")
+    models = [
+        with_more_tokens(model, size) for model, size in zip((known, like(known, 0.05)), SIZES[case], strict=True)
+    ]
+    settings = types.SimpleNamespace(temperature=temperature, top_k=0, top_p=1.0, seed=0, draft="a model")
+    pair = dict(zip(("main", "draft"), models, strict=True))
+    main, draft, sampler = sd.wrap_pair(settings, pair, 61, torch.device("cpu"), None)
+    propose, proposed = draft.propose, []
+
+    def watched(text, length):
+        ids, q = propose(text, length)
+        proposed.extend(ids[0].tolist())
+        return ids, q
+
+    draft.propose = watched
+    texts = [sd.decode_speculatively(main, draft, sampler, sd.FixedLength(3), prompt_of([5, 9], n)) for n in range(4)]
+    texts = [text.token_ids for text in texts]
+    assert max(proposed) < 61 and (max(max(text) for text in texts) >= 61) == (SIZES[case][0] > 61)
+    if not temperature:
+        assert texts == [baseline(models[0], [5, 9]).token_ids] * 4
 
 
 # Weights

@@ -164,7 +164,7 @@ class VerifiesWithoutCausalMask(sd.CachedModel):
 def bundled(dtype, **changes):
     """The bundled pair, and the ids of a prompt."""
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=dtype, **changes)
-    tokenizer = sd.load_tokenizer([str(BUNDLED / "main")])
+    tokenizer, _ = sd.load_tokenizer([str(BUNDLED / "main")])
     return load(BUNDLED / "main"), load(BUNDLED / "draft"), sd.encode(tokenizer, "What does list.sort do?", True)
 
 
