@@ -1784,22 +1784,22 @@ def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
     return max(LONGEST_AUTO if length == "auto" else length for length in draft_tokens)
 
 
-def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
+def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, list[str]]:
     """The settings in force on this machine, and what the user must be told of them. Raises UsageError."""
     if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
         raise UsageError("--demo brings its own models: leave out --main and --draft, or --demo")
     with cli_errors(f"take --max-memory {given.max_memory}", "write a size such as 10GB or 500MB"):
         accelerate.utils.convert_file_size_to_int(given.max_memory or 0)
-    notice, main, draft = None, given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
+    notices, main, draft = [], given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
     demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, *DRAFTS_WITHOUT_MODEL))
     if demo:
         why = "This" if given.demo else "No GPU in use: this"
-        notice = f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's."
+        notices.append(f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's.")
         if not (BUNDLED / "main").is_dir():
             raise UsageError(f"no bundled pair in {BUNDLED}: clone the whole project, or name --main and --draft")
         main, draft = os.path.relpath(BUNDLED / "main"), given.draft or os.path.relpath(BUNDLED / "draft")
     elif given.main and not given.draft:
-        notice = f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft."
+        notices.append(f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft.")
     prompts = given.prompts or os.path.relpath((BUNDLED if demo else BUNDLED.parent.parent) / "prompts.txt")
     files = Counter(os.path.realpath(path) for path in (prompts, given.json, given.svg) if path)
     if max(files.values()) > 1:
@@ -1807,9 +1807,11 @@ def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[A
     is_compiled = given.compile == "on" or given.compile == "auto" and device.type == "cuda" and not given.device_map
     automatic = "float32" if device.type == "cpu" else "bfloat16"
     dtype = automatic if given.dtype == "auto" else given.dtype
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        notices.append("This GPU emulates bfloat16, which is slow: try --dtype float32 (Gemma 2 overflows in float16).")
     resolved = {"main": main, "draft": draft, "demo": demo, "prompts": prompts, "device": str(device), "dtype": dtype}
     resolved = vars(given) | resolved | {"compile": "on" if is_compiled else "off"}
-    return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notice
+    return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notices
 
 
 def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float) -> list[Prompt]:
@@ -1876,8 +1878,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, record=bool(given.svg), **plainly)
     errors = Console(stderr=True, soft_wrap=True, **plainly)
     device = choose_device(given.device, world)
-    settings, notice = resolve_defaults(given, device)
-    if notice:
+    settings, notices = resolve_defaults(given, device)
+    for notice in notices:
         console.print(notice)
     for path, option in ((settings.json, "--json"), (settings.svg, "--svg")):
         save(path, option, None)  # better to fail now than when all is measured

@@ -227,6 +227,18 @@ def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capsys):
     assert "try a smaller pair" in message and "--device-map" not in message  # nothing else would help on a CPU
 
 
+@pytest.mark.parametrize(
+    ("dtype", "has_it"), [("auto", False), ("bfloat16", False), ("auto", True), ("float32", False)]
+)
+def test_a_gpu_without_bfloat16_is_named_and_nothing_switched(monkeypatch, dtype, has_it):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    given = sd.parse([*PAIR, "--dtype", dtype])
+    settings, notices = sd.resolve_defaults(given, torch.device("cuda"))
+    assert settings.dtype == ("bfloat16" if dtype == "auto" else dtype)
+    slow = dtype != "float32" and not has_it
+    assert ["emulates bfloat16" in notice and "--dtype float32" in notice for notice in notices] == [True] * slow
+
+
 # Models that are broken, or of another kind: status 2, and one line that says what and how
 
 
