@@ -827,6 +827,19 @@ class AutoLength(FixedLength):
 # 7  Compiled steps ----------------------------------------------------------------------------------------------------
 
 
+class BoundedCache(Cache):
+    """A KV cache of fixed size, of which attention sees only the first `bound` tokens; `filled` of them are in use."""
+
+    bound = filled = 0
+
+    def update(self, *states: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*states, **options)
+        return keys[:, :, : self.bound], values[:, :, : self.bound]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.bound, 0
+
+
 class CompiledModel(CachedModel):
     """A CachedModel whose cache has a fixed size, and whose steps are compiled: on a GPU, as CUDA graphs.
 
@@ -835,12 +848,12 @@ class CompiledModel(CachedModel):
     changes; what lies behind the length is masked, and overwritten by the next tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None, device: torch.device | None, capacity: int):
-        """`capacity`: the most tokens that the cache ever holds: the longest text, and the last round's draft tokens.
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None, device: torch.device | None, *bounds: int):
+        """`bounds`: see `cache_bounds`; the last is the most tokens that the cache ever holds.
 
         Raises NotImplementedError for a cache of another kind.
         """
-        self.steps = {}  # by the head's name and the number of tokens, the compiled step
+        self.steps = {}  # by the head's name, the number of tokens and the cache's bound, the compiled step
         self.widths = ()  # the numbers of tokens that a verify pass may have; see `limited_to`
         self.eager = CachedModel(model, vocabulary, device)  # reads the prompts, which can have any length
         layers = self.eager.cache.layers
@@ -849,11 +862,11 @@ class CompiledModel(CachedModel):
             raise NotImplementedError(f"{model.config.model_type} needs a cache of its own kind")
         # Layers with sliding windows are stored in full, too: the mask hides what lies outside a window. A multiple of
         # 8 keeps the mask's rows aligned.
-        capacity = math.ceil(capacity / 8) * 8
-        static = [layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers]
-        self.cache = Cache(layers=static)
+        self.bounds = [math.ceil(bound / 8) * 8 for bound in bounds]
+        static = [layer if type(layer) is DummyLayer else StaticLayer(self.bounds[-1]) for layer in layers]
+        self.cache = BoundedCache(layers=static)
         super().__init__(model, vocabulary, device)
-        self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates, before anything is compiled
+        self.step(Greedy().sample, torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates the cache
         self.lengths = [layer.cumulative_length for layer in static if type(layer) is StaticLayer]  # [] each
 
     def limited_to(self, widths: tuple[int, ...]) -> "CompiledModel":
@@ -864,6 +877,7 @@ class CompiledModel(CachedModel):
 
     def reset(self, rolls_back: bool = True) -> None:
         self.cache.reset()
+        self.cache.filled = 0
 
     def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
         """As above; read eagerly into a growing cache, where attention spans no more than the prompt, then copied."""
@@ -871,24 +885,27 @@ class CompiledModel(CachedModel):
         self.reset()
         for static, grown in zip(self.cache.layers, self.eager.cache.layers, strict=True):
             if type(static) is StaticLayer and grown.is_initialized:
-                static.keys[:, :, : grown.keys.shape[2]] = grown.keys
-                static.values[:, :, : grown.values.shape[2]] = grown.values
+                static.update(grown.keys, grown.values)
         self.eager.reset()
-        torch._foreach_add_(self.lengths, prompt_ids.shape[1])
+        self.cache.filled = prompt_ids.shape[1]
         return logits
 
     @torch.no_grad()  # inference_mode would be faster, but cannot be compiled
     def forward(self, ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        """As above, within a `step`, which knows the cache's bound."""
         output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
         return output.logits[0, :, : self.vocabulary]
 
     def roll_back(self, tokens: int) -> None:
         if tokens:
             torch._foreach_add_(self.lengths, -tokens)
+            self.cache.filled -= tokens
 
     def step(self, head: Callable, ids: Tensor, uniform: Tensor | None = None, logits_to_keep: int = 1) -> Any:
-        """As above; compiled for the numbers of tokens that `compile` was asked for."""
-        if (compiled := self.steps.get((head.__name__, ids.shape[1]))) is None:
+        """As above; compiled where `compile` was asked to, for the smallest bound that holds what is read by then."""
+        self.cache.filled += ids.shape[1]
+        self.cache.bound = next(bound for bound in self.bounds if bound >= self.cache.filled)
+        if (compiled := self.steps.get((head.__name__, ids.shape[1], self.cache.bound))) is None:
             return super().step(head, ids, uniform, logits_to_keep)
         # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
         # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
@@ -909,7 +926,7 @@ class CompiledModel(CachedModel):
 
     @torch.no_grad()
     def compile(self, head: Callable, tokens: int, uniform: Tensor | None, logits_to_keep: int) -> None:
-        """Compile a step, from ids [1, tokens] to what the head returns, and forget the text."""
+        """Compile a step, from ids [1, tokens] to what the head returns, for each bound, and forget the text."""
 
         def whole(ids: Tensor, uniform: Tensor | None) -> Any:
             return head(self.forward(ids, logits_to_keep), ids, uniform)
@@ -919,10 +936,19 @@ class CompiledModel(CachedModel):
         # not share a cache of graphs with others.
         options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
-        self.steps[head.__name__, tokens] = torch.compile(whole, **how)
-        for _ in range(3):  # compile; capture a graph; replay it
-            self.reset()
-            self.step(head, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, logits_to_keep)
+        for bound in self.bounds:
+            self.steps[head.__name__, tokens, bound] = torch.compile(whole, **how)
+            for _ in range(3):  # compile; capture a graph; replay it
+                self.reset()
+                self.cache.filled = bound - tokens
+                self.step(head, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, logits_to_keep)
+
+
+def cache_bounds(lengths: list[int]) -> list[int]:
+    """Bounds of a run's caches, in tokens: its longest text; a quarter or a sixteenth of it, if some text fits in."""
+    capacity = max(lengths)
+    sizes = [size for size in (capacity // 16, capacity // 4) if size >= 256] + [capacity]  # less saves little
+    return sorted({next(size for size in sizes if size >= length) for length in lengths})
 
 
 def verify_widths(draft_tokens: int | str) -> tuple[int, ...]:
@@ -1835,14 +1861,14 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
     return fitting
 
 
-def wrap_pair(settings: Any, models: dict, device: torch.device, capacity: int | None) -> tuple:
-    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
+def wrap_pair(settings: Any, models: dict, device: torch.device, bounds: list[int]) -> tuple:
+    """The main model, Draft and Sampler; to be compiled, with these bounds of the caches, or eager without any."""
     sampler = Greedy()
     if settings.temperature:
         sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
     vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
-    kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
-    cached = {role: kind(model, vocabulary, device) for role, model in models.items()}
+    kind = CompiledModel if bounds else CachedModel
+    cached = {role: kind(model, vocabulary, device, *bounds) for role, model in models.items()}
     draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else DRAFTS_WITHOUT_MODEL[settings.draft](device)
     return cached["main"], draft, sampler
 
@@ -1898,9 +1924,10 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if max(max(prompt.ids) for prompt in prompts) >= min(config.vocab_size for config in configs):
         raise UsageError(f"the tokenizer of {settings.main} has tokens that the models lack; download them again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    capacity = len(by_length[-1].ids) + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
+    room = settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1  # for output, and the last round's draft
+    lengths = [len(prompt.ids) + room for prompt in by_length]
     if not settings.device_map:
-        check_memory(files, dtype, device, capacity)
+        check_memory(files, dtype, device, lengths[-1])
 
     environment = {"device": device.type, "device_name": device_name(device), "dtype": settings.dtype}
     environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
@@ -1922,13 +1949,13 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
-            pair = wrap_pair(settings, models, device, capacity)
+            pair = wrap_pair(settings, models, device, cache_bounds(lengths))
             compile_steps(*pair, settings.draft_tokens, functools.partial(errors.print, style="dim"))
         except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
             console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
             settings, pair = dataclasses.replace(settings, compile="off"), None
     compile_s = time.perf_counter() - start
-    main, draft, sampler = pair or wrap_pair(settings, models, device, None)
+    main, draft, sampler = pair or wrap_pair(settings, models, device, [])
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)
