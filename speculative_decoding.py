@@ -57,6 +57,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import weakref
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -165,6 +166,7 @@ if __name__ == "__main__":
 import accelerate
 import huggingface_hub
 import numpy
+import psutil
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
@@ -173,6 +175,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, StaticLayer
 
@@ -1697,12 +1700,12 @@ class ModelFiles(NamedTuple):
 
     name: str
     config: transformers.PreTrainedConfig
+    model: PreTrainedModel  # of meta tensors, which have no storage
     parameters: int
-    bytes_per_token: int  # of its KV cache
 
 
 def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
-    """Measure a model on meta tensors, which have no storage. Raises UsageError for one that cannot be rolled back."""
+    """Build a model of meta tensors from its configuration. Raises UsageError for one that cannot be rolled back."""
     limits = {"num_hidden_layers": 1000, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24}
     limits |= {"num_attention_heads": 2**12, "num_key_value_heads": 2**12, "max_position_embeddings": 2**30}
     limits |= {"sliding_window": 2**30}
@@ -1727,32 +1730,73 @@ def read_model_files(name: str, dtype: torch.dtype) -> ModelFiles:
         with accelerate.init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
+    return ModelFiles(name, config, model, model.num_parameters())
+
+
+class PeakMemory(TorchDispatchMode):
+    """Sees all tensors that are made within it, on any device; `peak`: the most bytes of them at one time."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.weights = {
+            part.untyped_storage() for part in (*model.parameters(), *model.buffers())
+        }  # these do not count
+        self.storages, self.peak = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        tensors = outputs if isinstance(outputs, tuple | list) else [outputs]
+        made = {tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)}
+        self.storages.update(made - self.weights)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
+        return outputs
+
+
+def prefill_memory(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
+    """The most bytes that a prefill of a model of meta tensors takes beside the weights; and those of the KV cache."""
     cached = CachedModel(model)
-    with contextlib.suppress(Exception):  # some mixtures of experts cannot run without storage: 0
-        cached.prefill(torch.zeros(1, 1, dtype=torch.long, device="meta"))
-    stored = [getattr(layer, part, None) for layer in cached.cache.layers for part in ("keys", "values")]
-    return ModelFiles(name, config, model.num_parameters(), sum(part.nbytes for part in stored if part is not None))
+    # Some mixtures of experts do not run on meta tensors in float32: of them it sees too little.
+    with contextlib.suppress(Exception), PeakMemory(model) as memory:
+        cached.prefill(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+    return memory.peak, sum(storage.nbytes() for storage in memory.storages)
 
 
-def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch.device, tokens: int) -> None:
-    """Raise UsageError if the device has less free memory than weights and caches take; tokens: the most of a text."""
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device. MPS shares the CPU's memory."""
     if device.type in ("cuda", "xpu"):
-        free = torch.accelerator.get_memory_info(device)[0] / 1e9
-    else:
-        free = accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
-    needed, parts = 0.0, []
+        return torch.accelerator.get_memory_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def memory_limits(device: torch.device) -> dict[int | str, int]:
+    """What each device may take of a model that is spread: what is free by now, less a tenth to work in."""
+    free = {"mps" if device.type == "mps" else "cpu": free_memory(torch.device("cpu"))}
+    for index in range(torch.accelerator.device_count() if device.type in ("cuda", "xpu") else 0):
+        free[index] = free_memory(torch.device(device.type, index))
+    return {key: int(0.9 * size) for key, size in free.items()}
+
+
+def check_memory(files: dict[str, ModelFiles], device: torch.device, prompt: int, text: int, is_compiled: bool) -> None:
+    """Raise UsageError if the pair takes more than is free; in tokens, the longest prompt, and the most of a text."""
+    free, parts, working = free_memory(device) / 1e9, [], 0.0
+    needed = 0.0 if device.type == "cpu" else 1.0  # what an accelerator's libraries load, and gaps between allocations
     for role, of in files.items():
-        weights, cache = of.parameters * dtype.itemsize / 1e9, of.bytes_per_token * tokens / 1e9
+        weights = of.parameters * of.model.dtype.itemsize / 1e9
+        peak, grown = (size / 1e9 for size in prefill_memory(of.model, prompt))
+        cache = grown * text / prompt
         needed += weights + cache
+        working = max(working, peak if is_compiled else peak - grown)  # a compiled model copies its cache from that one
         parts.append(f"{role} {of.name} {weights:.1f} + {cache:.1f}")
+    needed, dtype = needed + working, files["main"].model.dtype
     if needed <= free:
         return
     hints = ["--device-map auto"] * (device.type != "cpu") + ["a smaller pair"]
     if dtype == torch.float32 and needed / 2 <= free:
         hints.insert(0, "--dtype bfloat16 (half of it)")
     raise UsageError(
-        f"the models need {needed:.1f} GB in {str(dtype)[6:]} (weights + KV cache: {', '.join(parts)}), and "
-        f"{device} has {free:.1f} GB free: try {', or '.join(hints)}"
+        f"the models need {needed:.1f} GB in {str(dtype)[6:]} (weights + KV cache: {', '.join(parts)}; working memory "
+        f"for a prompt of {prompt:,} tokens: {working:.1f}), and {device} has {free:.1f} GB free: "
+        f"try {', or '.join(hints)}"
     )
 
 
@@ -1927,7 +1971,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     room = settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1  # for output, and the last round's draft
     lengths = [len(prompt.ids) + room for prompt in by_length]
     if not settings.device_map:
-        check_memory(files, dtype, device, lengths[-1])
+        check_memory(files, device, lengths[-1] - room, lengths[-1], settings.compile == "on")
 
     environment = {"device": device.type, "device_name": device_name(device), "dtype": settings.dtype}
     environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
@@ -1938,10 +1982,10 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     models = {}
     for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
         placement = {"device_map": device}
-        if settings.device_map and role == "main":  # into what is free by now, less a tenth to work in
-            limits = {key: int(0.9 * size) for key, size in accelerate.utils.get_max_memory().items()}
+        if settings.device_map and role == "main":
+            limits = memory_limits(device)
             first = device.type if device.type in limits else device.index or 0
-            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or "1PB"))
+            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or 2**60))
             placement = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
         models[role] = load_model(of.name, of.config, dtype, **placement)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
