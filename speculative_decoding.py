@@ -971,6 +971,8 @@ def compile_steps(
     for number, (model, head, tokens, logits_to_keep) in enumerate(steps, 1):
         announce(f"Compiling step {number} of {len(steps)}, after {time.perf_counter() - start:.0f} s …")
         model.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
+    if main.device.type == "cuda" and (skipped := torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]):
+        announce(f"warning: no CUDA graphs of {counted(skipped, 'step')}, which are slow: see TORCH_LOGS=cudagraphs")
 
 
 # 8  The benchmark -----------------------------------------------------------------------------------------------------

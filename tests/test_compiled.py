@@ -8,6 +8,8 @@ from conftest import baseline, counts_of, like, make_model, prompt_of, speculate
 from torch._dynamo.utils import counters
 from torch._inductor import config, cudagraph_utils
 from torch._inductor.async_compile import AsyncCompile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import speculative_decoding as sd
 
@@ -332,3 +334,55 @@ def test_a_cache_whose_memory_could_move_would_be_seen(monkeypatch):
     sampler = sd.Greedy()
     with pytest.raises(AssertionError, match="<="):
         check_graphs(make_model("llama"), sampler, [(sampler.sample, 1, 1)], monkeypatch)
+
+
+@pytest.mark.parametrize(("device", "skips", "warned"), [("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False)])
+def test_steps_without_cuda_graphs_are_told(monkeypatch, device, skips, warned):
+    """The compiler counts what it skips; on a CPU, too, where there are no such graphs to be had."""
+    sampler, announced = sd.Greedy(), []
+    main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
+    monkeypatch.setattr(main, "compile", lambda *step: None)
+    monkeypatch.setattr(main, "device", torch.device(device))
+    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skips)
+    sd.compile_steps(main, sd.NgramDraft(main.device), sampler, (4,), announced.append)
+    warning = "warning: no CUDA graphs of 2 steps, which are slow: see TORCH_LOGS=cudagraphs"
+    assert announced[2:] == [warning] * warned
+
+
+class OneDevice(TorchDispatchMode):
+    """Rejects operations that involve another device than that of meta tensors, from which nothing can be read."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        tensors = [part for part in tree_leaves((args, kwargs, output)) if isinstance(part, torch.Tensor)]
+        assert all(part.device.type == "meta" for part in tensors), function
+        return output
+
+
+class OnMeta(sd.Sampling):
+    """Draws with random numbers that have no storage."""
+
+    def uniform(self, count):
+        return torch.empty(count, device="meta")
+
+
+@pytest.mark.parametrize("sampler", [sd.Greedy(), OnMeta(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_drafting_and_verifying_read_nothing_from_the_device(graphs, family, is_compiled, sampler):
+    model = make_model(family).to("meta")
+    main, draft = sd.CachedModel(model), sd.CachedModel(model)
+    if is_compiled:
+        main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0))
+        draft = compiled(model, sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
+    helper, prompt = sd.ModelDraft(draft, sampler), torch.zeros(1, 7, dtype=torch.long, device="meta")
+    last = sampler.sample(main.prefill(prompt), prompt, sampler.uniform(1))
+    helper.reset(prompt)
+    with OneDevice(), torch.no_grad():
+        for text in ([1] * 8, [1] * 10):
+            draft_ids, _ = helper.propose(text, sd.FixedLength(4))
+            main.verify(sampler.score, torch.cat([last, draft_ids], dim=1))
+            main.roll_back(3), helper.roll_back(3)
+        main.step(sampler.sample, last, sampler.uniform(1))
+        with pytest.raises(RuntimeError, match="meta"):  # in automatic mode the host reads
+            helper.propose([1] * 12, sd.AutoLength(CHEAP, longest=4))
