@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch~=2.13.0", "transformers~=5.23.0", "accelerate~=1.15.0", "huggingface_hub~=2.4", "numpy~=2.0",
-#   "rich~=15.0"]
+#   "psutil~=7.0", "rich~=15.0"]
 # ///
 """How much faster is speculative decoding with this pair of models on this machine, and is the output unchanged?
 
@@ -63,6 +63,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import weakref
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -185,6 +186,7 @@ if __name__ == "__main__":
 import accelerate
 import huggingface_hub
 import numpy
+import psutil
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
@@ -193,6 +195,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot, pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, StaticLayer
 
@@ -863,6 +866,19 @@ class AutoLength(FixedLength):
 # 7  Compiled steps ----------------------------------------------------------------------------------------------------
 
 
+class BoundedCache(Cache):
+    """A KV cache of fixed size, of which attention sees only the first `bound` tokens; `filled` of them are in use."""
+
+    bound = filled = 0
+
+    def update(self, *states: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*states, **options)
+        return keys[:, :, : self.bound], values[:, :, : self.bound]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.bound, 0
+
+
 class CompiledModel(CachedModel):
     """A CachedModel whose cache has a fixed size, and whose steps are compiled: on a GPU, as CUDA graphs.
 
@@ -871,12 +887,12 @@ class CompiledModel(CachedModel):
     changes; what lies behind the length is masked, and overwritten by the next tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int | None, device: torch.device | None, capacity: int):
-        """`capacity`: the most tokens that the cache ever holds: the longest text, and the last round's draft tokens.
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None, device: torch.device | None, *bounds: int):
+        """`bounds`: see `cache_bounds`; the last is the most tokens that the cache ever holds.
 
         Raises NotImplementedError for a cache of another kind.
         """
-        self.steps = {}  # by the head's name and the number of tokens, the compiled step
+        self.steps = {}  # by the head's name, the number of tokens and the cache's bound, the compiled step
         self.widths = ()  # the numbers of tokens that a verify pass may have; see `limited_to`
         self.eager = CachedModel(model, vocabulary, device)  # reads the prompts, which can have any length
         layers = self.eager.cache.layers
@@ -885,11 +901,11 @@ class CompiledModel(CachedModel):
             raise NotImplementedError(f"{model.config.model_type} needs a cache of its own kind")
         # Layers with sliding windows are stored in full, too: the mask hides what lies outside a window. A multiple of
         # 8 keeps the mask's rows aligned.
-        capacity = math.ceil(capacity / 8) * 8
-        static = [layer if type(layer) is DummyLayer else StaticLayer(capacity) for layer in layers]
-        self.cache = Cache(layers=static)
+        self.bounds = [math.ceil(bound / 8) * 8 for bound in bounds]
+        static = [layer if type(layer) is DummyLayer else StaticLayer(self.bounds[-1]) for layer in layers]
+        self.cache = BoundedCache(layers=static)
         super().__init__(model, vocabulary, device)
-        self.forward(torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates, before anything is compiled
+        self.step(Greedy().sample, torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates the cache
         self.lengths = [layer.cumulative_length for layer in static if type(layer) is StaticLayer]  # [] each
 
     def limited_to(self, widths: tuple[int, ...]) -> "CompiledModel":
@@ -900,6 +916,7 @@ class CompiledModel(CachedModel):
 
     def reset(self, rolls_back: bool = True) -> None:
         self.cache.reset()
+        self.cache.filled = 0
 
     def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
         """As above; read eagerly into a growing cache, where attention spans no more than the prompt, then copied."""
@@ -907,24 +924,27 @@ class CompiledModel(CachedModel):
         self.reset()
         for static, grown in zip(self.cache.layers, self.eager.cache.layers, strict=True):
             if type(static) is StaticLayer and grown.is_initialized:
-                static.keys[:, :, : grown.keys.shape[2]] = grown.keys
-                static.values[:, :, : grown.values.shape[2]] = grown.values
+                static.update(grown.keys, grown.values)
         self.eager.reset()
-        torch._foreach_add_(self.lengths, prompt_ids.shape[1])
+        self.cache.filled = prompt_ids.shape[1]
         return logits
 
     @torch.no_grad()  # inference_mode would be faster, but cannot be compiled
     def forward(self, ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        """As above, within a `step`, which knows the cache's bound."""
         output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep)
         return output.logits[0, :, : self.vocabulary]
 
     def roll_back(self, tokens: int) -> None:
         if tokens:
             torch._foreach_add_(self.lengths, -tokens)
+            self.cache.filled -= tokens
 
     def step(self, head: Callable, ids: Tensor, uniform: Tensor | None = None, logits_to_keep: int = 1) -> Any:
-        """As above; compiled for the numbers of tokens that `compile` was asked for."""
-        if (compiled := self.steps.get((head.__name__, ids.shape[1]))) is None:
+        """As above; compiled where `compile` was asked to, for the smallest bound that holds what is read by then."""
+        self.cache.filled += ids.shape[1]
+        self.cache.bound = next(bound for bound in self.bounds if bound >= self.cache.filled)
+        if (compiled := self.steps.get((head.__name__, ids.shape[1], self.cache.bound))) is None:
             return super().step(head, ids, uniform, logits_to_keep)
         # A CUDA graph writes its outputs into the same memory each time. They are read after further steps, and even
         # become inputs of the next: so they are copied first. And the graphs must be told where a new step begins, or
@@ -945,7 +965,7 @@ class CompiledModel(CachedModel):
 
     @torch.no_grad()
     def compile(self, head: Callable, tokens: int, uniform: Tensor | None, logits_to_keep: int) -> None:
-        """Compile a step, from ids [1, tokens] to what the head returns, and forget the text."""
+        """Compile a step, from ids [1, tokens] to what the head returns, for each bound, and forget the text."""
 
         def whole(ids: Tensor, uniform: Tensor | None) -> Any:
             return head(self.forward(ids, logits_to_keep), ids, uniform)
@@ -955,10 +975,19 @@ class CompiledModel(CachedModel):
         # not share a cache of graphs with others.
         options = {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         how = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True, "options": options}
-        self.steps[head.__name__, tokens] = torch.compile(whole, **how)
-        for _ in range(3):  # compile; capture a graph; replay it
-            self.reset()
-            self.step(head, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, logits_to_keep)
+        for bound in self.bounds:
+            self.steps[head.__name__, tokens, bound] = torch.compile(whole, **how)
+            for _ in range(3):  # compile; capture a graph; replay it
+                self.reset()
+                self.cache.filled = bound - tokens
+                self.step(head, torch.zeros(1, tokens, dtype=torch.long, device=self.device), uniform, logits_to_keep)
+
+
+def cache_bounds(lengths: list[int]) -> list[int]:
+    """Bounds of a run's caches, in tokens: its longest text; a quarter or a sixteenth of it, if some text fits in."""
+    capacity = max(lengths)
+    sizes = [size for size in (capacity // 16, capacity // 4) if size >= 256] + [capacity]  # less saves little
+    return sorted({next(size for size in sizes if size >= length) for length in lengths})
 
 
 def verify_widths(draft_tokens: int | str) -> tuple[int, ...]:
@@ -978,6 +1007,8 @@ def compile_steps(
     for number, (model, head, tokens, logits_to_keep) in enumerate(steps, 1):
         announce(f"Compiling step {number} of {len(steps)}, after {time.perf_counter() - start:.0f} s …")
         model.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
+    if main.device.type == "cuda" and (skipped := torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]):
+        announce(f"warning: no CUDA graphs of {counted(skipped, 'step')}, which are slow: see TORCH_LOGS=cudagraphs")
 
 
 # 8  The benchmark -----------------------------------------------------------------------------------------------------
@@ -1842,9 +1873,9 @@ class ModelFiles(NamedTuple):
 
     name: str
     config: transformers.PreTrainedConfig
+    model: PreTrainedModel  # of meta tensors, which have no storage
     parameters: int
     weight_bytes: int
-    bytes_per_token: int  # of its KV cache
     quantization: str  # "" if there is none
 
 
@@ -1875,7 +1906,7 @@ def read_quantization(name: str, config: Any, device: torch.device | str, dense:
 
 
 def read_model_files(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelFiles:
-    """Measure a model on meta tensors, which have no storage. Raises UsageError for one that cannot be rolled back."""
+    """Build a model of meta tensors from its configuration. Raises UsageError for one that cannot be rolled back."""
     limits = {"num_hidden_layers": 1000, "hidden_size": 2**20, "intermediate_size": 2**22, "vocab_size": 2**24}
     limits |= {"num_attention_heads": 2**12, "num_key_value_heads": 2**12, "max_position_embeddings": 2**30}
     limits |= {"sliding_window": 2**30}
@@ -1905,20 +1936,51 @@ def read_model_files(name: str, dtype: torch.dtype, device: torch.device | str =
         with accelerate.init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
-    cached = CachedModel(model)
-    with contextlib.suppress(Exception):  # some mixtures of experts cannot run without storage: 0
-        cached.prefill(torch.zeros(1, 1, dtype=torch.long, device="meta"))
-    stored = [getattr(layer, part, None) for layer in cached.cache.layers for part in ("keys", "values")]
-    cache = sum(part.nbytes for part in stored if part is not None)
     quantization, weights = read_quantization(name, config, device, model.num_parameters() * dtype.itemsize)
-    return ModelFiles(name, config, model.num_parameters(), weights, cache, quantization)
+    return ModelFiles(name, config, model, model.num_parameters(), weights, quantization)
 
 
-def free_gb(device: torch.device) -> float:
-    """The device's free memory."""
+class PeakMemory(TorchDispatchMode):
+    """Sees all tensors that are made within it, on any device; `peak`: the most bytes of them at one time."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.weights = {
+            part.untyped_storage() for part in (*model.parameters(), *model.buffers())
+        }  # these do not count
+        self.storages, self.peak = weakref.WeakSet(), 0
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        tensors = outputs if isinstance(outputs, tuple | list) else [outputs]
+        made = {tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)}
+        self.storages.update(made - self.weights)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
+        return outputs
+
+
+def prefill_memory(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
+    """The most bytes that a prefill of a model of meta tensors takes beside the weights; and those of the KV cache."""
+    cached = CachedModel(model)
+    # Some mixtures of experts do not run on meta tensors in float32: of them it sees too little.
+    with contextlib.suppress(Exception), PeakMemory(model) as memory:
+        cached.prefill(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+    return memory.peak, sum(storage.nbytes() for storage in memory.storages)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that are free on a device. MPS shares the CPU's memory."""
     if device.type in ("cuda", "xpu"):
-        return torch.accelerator.get_memory_info(device)[0] / 1e9
-    return accelerate.utils.get_max_memory().get(device.type, math.inf) / 1e9
+        return torch.accelerator.get_memory_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def memory_limits(device: torch.device) -> dict[int | str, int]:
+    """What each device may take of a model that is spread: what is free by now, less a tenth to work in."""
+    free = {"mps" if device.type == "mps" else "cpu": free_memory(torch.device("cpu"))}
+    for index in range(torch.accelerator.device_count() if device.type in ("cuda", "xpu") else 0):
+        free[index] = free_memory(torch.device(device.type, index))
+    return {key: int(0.9 * size) for key, size in free.items()}
 
 
 PAIRS = (  # main, draft, GB of the weights of both in bfloat16, whether they are gated; the largest first
@@ -1932,20 +1994,25 @@ PAIRS = (  # main, draft, GB of the weights of both in bfloat16, whether they ar
 
 def pairs_that_fit(device: torch.device, dtype: torch.dtype, refused: list[str], gated: bool = True) -> str:
     """The options for the largest of PAIRS that fits into what is free, and for the largest that is not gated."""
-    scale, room = dtype.itemsize / 2, 0.9 * free_gb(device)  # a tenth to work in
+    scale, room = dtype.itemsize / 2, 0.9 * free_memory(device) / 1e9  # a tenth to work in
     fitting = [row for row in PAIRS if row[2] * scale <= room and list(row[:2]) != refused]
     ungated = [row for row in fitting if not row[3]]
     chosen = dict.fromkeys(fitting[:gated] + ungated[:1])
     return " or ".join(f"--main {main} --draft {draft} ({gb * scale:.1f} GB)" for main, draft, gb, _ in chosen)
 
 
-def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch.device, tokens: int) -> None:
-    """Raise UsageError if the device has less free memory than weights and caches take; tokens: the most of a text."""
-    free, needed, parts = free_gb(device), 0.0, []
+def check_memory(files: dict[str, ModelFiles], device: torch.device, prompt: int, text: int, is_compiled: bool) -> None:
+    """Raise UsageError if the pair takes more than is free; in tokens, the longest prompt, and the most of a text."""
+    free, parts, working = free_memory(device) / 1e9, [], 0.0
+    needed = 0.0 if device.type == "cpu" else 1.0  # what an accelerator's libraries load, and gaps between allocations
     for role, of in files.items():
-        weights, cache = of.weight_bytes / 1e9, of.bytes_per_token * tokens / 1e9
+        weights = of.weight_bytes / 1e9
+        peak, grown = (size / 1e9 for size in prefill_memory(of.model, prompt))
+        cache = grown * text / prompt
         needed += weights + cache
+        working = max(working, peak if is_compiled else peak - grown)  # a compiled model copies its cache from that one
         parts.append(f"{role} {of.name} {weights:.1f} + {cache:.1f}")
+    needed, dtype = needed + working, files["main"].model.dtype
     if needed <= free:
         return
     others = pairs_that_fit(device, dtype, [of.name for of in files.values()])
@@ -1953,8 +2020,9 @@ def check_memory(files: dict[str, ModelFiles], dtype: torch.dtype, device: torch
     if dtype == torch.float32 and needed / 2 <= free:
         hints.insert(0, "--dtype bfloat16 (half of it)")
     raise UsageError(
-        f"the models need {needed:.1f} GB in {str(dtype)[6:]} (weights + KV cache: {', '.join(parts)}), and "
-        f"{device} has {free:.1f} GB free: try {', or '.join(hints)}"
+        f"the models need {needed:.1f} GB in {str(dtype)[6:]} (weights + KV cache: {', '.join(parts)}; working memory "
+        f"for a prompt of {prompt:,} tokens: {working:.1f}), and {device} has {free:.1f} GB free: "
+        f"try {', or '.join(hints)}"
     )
 
 
@@ -2024,22 +2092,22 @@ def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
     return max(LONGEST_AUTO if length == "auto" else length for length in draft_tokens)
 
 
-def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, str | None]:
+def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[Any, list[str]]:
     """The settings in force on this machine, and what the user must be told of them. Raises UsageError."""
     if given.demo and (given.main or given.draft not in (None, *DRAFTS_WITHOUT_MODEL)):
         raise UsageError("--demo brings its own models: leave out --main and --draft, or --demo")
     with cli_errors(f"take --max-memory {given.max_memory}", "write a size such as 10GB or 500MB"):
         accelerate.utils.convert_file_size_to_int(given.max_memory or 0)
-    notice, main, draft = None, given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
+    notices, main, draft = [], given.main or DEFAULT_MAIN, given.draft or DEFAULT_DRAFT
     demo = given.demo or (device.type == "cpu" and not given.main and given.draft in (None, *DRAFTS_WITHOUT_MODEL))
     if demo:
         why = "This" if given.demo else "No GPU in use: this"
-        notice = f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's."
+        notices.append(f"{why} is the bundled pair of tiny models. Its speed says nothing about Gemma's.")
         if not (BUNDLED / "main").is_dir():
             raise UsageError(f"no bundled pair in {BUNDLED}: clone the whole project, or name --main and --draft")
         main, draft = os.path.relpath(BUNDLED / "main"), given.draft or os.path.relpath(BUNDLED / "draft")
     elif given.main and not given.draft:
-        notice = f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft."
+        notices.append(f"The draft is {DEFAULT_DRAFT}, the default: name another with --draft.")
     prompts = given.prompts or os.path.relpath((BUNDLED if demo else BUNDLED.parent.parent) / "prompts.txt")
     files = Counter(os.path.realpath(path) for path in (prompts, given.json, given.svg) if path)
     if max(files.values()) > 1:
@@ -2047,9 +2115,11 @@ def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[A
     is_compiled = given.compile == "on" or given.compile == "auto" and device.type == "cuda" and not given.device_map
     automatic = "float32" if device.type == "cpu" else "bfloat16"
     dtype = automatic if given.dtype == "auto" else given.dtype
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        notices.append("This GPU emulates bfloat16, which is slow: try --dtype float32 (Gemma 2 overflows in float16).")
     resolved = {"main": main, "draft": draft, "demo": demo, "prompts": prompts, "device": str(device), "dtype": dtype}
     resolved = vars(given) | resolved | {"compile": "on" if is_compiled else "off"}
-    return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notice
+    return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notices
 
 
 def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float) -> list[Prompt]:
@@ -2095,15 +2165,18 @@ def next_turn(tokenizer, settings: Any, context: float, result: Result) -> Promp
         return dataclasses.replace(prompt, error=f"turn {prompt.turn}: {error}")
 
 
-def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, capacity: int | None) -> tuple:
-    """The main model, Draft and Sampler; to be compiled, for texts of at most `capacity` tokens, or eager if None."""
+def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, bounds: list[int]) -> tuple:
+    """The main model, Draft and Sampler; to be compiled, with these bounds of the caches, or eager without any.
+
+    `shared`: how many ids both tokenizers know alike.
+    """
     sampler = Greedy()
     if settings.temperature:
         sampler = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed, device)
     # The draft proposes tokens that both models have and both tokenizers know; the main model generates any of its own.
     vocabularies = {"draft": min(shared, *(model.config.get_text_config().vocab_size for model in models.values()))}
-    kind = functools.partial(CompiledModel, capacity=capacity) if capacity else CachedModel
-    cached = {role: kind(model, vocabularies.get(role), device) for role, model in models.items()}
+    kind = CompiledModel if bounds else CachedModel
+    cached = {role: kind(model, vocabularies.get(role), device, *bounds) for role, model in models.items()}
     draft = ModelDraft(cached["draft"], sampler) if "draft" in cached else DRAFTS_WITHOUT_MODEL[settings.draft](device)
     return cached["main"], draft, sampler
 
@@ -2142,8 +2215,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, record=bool(given.svg), **plainly)
     errors = Console(stderr=True, soft_wrap=True, **plainly)
     device = choose_device(given.device, world)
-    settings, notice = resolve_defaults(given, device)
-    if notice:
+    settings, notices = resolve_defaults(given, device)
+    for notice in notices:
         console.print(notice)
     for path, option in ((settings.json, "--json"), (settings.svg, "--svg")):
         save(path, option, None)  # better to fail now than when all is measured
@@ -2168,10 +2241,10 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if max(max(prompt.ids) for prompt in prompts) >= configs[0].vocab_size:
         raise UsageError(f"the tokenizer of {settings.main} has tokens that the model lacks; download it again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    longest = min(context, max(prompt.longest for prompt in prompts))
-    capacity = longest + settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1
+    room = settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1  # for output, and the last round's draft
+    longest = min(context, max(prompt.longest for prompt in prompts))  # of all turns
     if not settings.device_map:
-        check_memory(files, dtype, device, capacity)
+        check_memory(files, device, longest, longest + room, settings.compile == "on")
 
     environment = {"device": device.type, "device_name": device_name(device), "dtype": settings.dtype}
     environment |= {"threads": torch.get_num_threads(), "processes": world.num_processes}
@@ -2184,10 +2257,10 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     models = {}
     for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
         placement = {"device_map": device}
-        if settings.device_map and role == "main":  # into what is free by now, less a tenth to work in
-            limits = {key: int(0.9 * size) for key, size in accelerate.utils.get_max_memory().items()}
+        if settings.device_map and role == "main":
+            limits = memory_limits(device)
             first = device.type if device.type in limits else device.index or 0
-            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or "1PB"))
+            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or 2**60))
             placement = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
         models[role] = load_model(of.name, of.config, dtype, **placement)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
@@ -2197,13 +2270,14 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
-            pair = wrap_pair(settings, models, shared, device, capacity)
+            lengths = [len(prompt.ids) + room for prompt in prompts] + [longest + room]
+            pair = wrap_pair(settings, models, shared, device, cache_bounds(lengths))
             compile_steps(*pair, settings.draft_tokens, functools.partial(errors.print, style="dim"))
         except Exception as error:  # a compiler can fail in any way; eager runs can be measured all the same
             console.print(f"warning: compiling failed, so this runs eagerly: {first_line(error)}")
             settings, pair = dataclasses.replace(settings, compile="off"), None
     compile_s = time.perf_counter() - start
-    main, draft, sampler = pair or wrap_pair(settings, models, shared, device, None)
+    main, draft, sampler = pair or wrap_pair(settings, models, shared, device, [])
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)
@@ -2227,8 +2301,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
         bar.update(task, description=f"prompt {prompt.label}: {what}", advance=1, refresh=True)
 
     check = functools.partial(check_outputs, main, bool(settings.temperature))
-    room = min(context, capacity) if settings.compile == "on" else context
-    go_on = functools.partial(next_turn, tokenizer, settings, room)
+    limit = min(context, longest + room) if settings.compile == "on" else context
+    go_on = functools.partial(next_turn, tokenizer, settings, limit)
     results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce, device, go_on)
     stopped = None
     try:

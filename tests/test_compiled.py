@@ -1,11 +1,15 @@
 """Compiled decoding on the CPU: the same tokens, no steps but those asked for, and whole graphs in fixed memory."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import baseline, counts_of, like, make_model, prompt_of, speculate, with_more_tokens
 from torch._dynamo.utils import counters
 from torch._inductor import config, cudagraph_utils
 from torch._inductor.async_compile import AsyncCompile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import speculative_decoding as sd
 
@@ -16,18 +20,20 @@ CHEAP = {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 5: 1.2}}
 DEAR = {"draft_pass_s": {1: 1.2, 2: 1.2}, "main_pass_s": {1: 1.0, 5: 1.2}}  # a draft that never pays
 
 
-def compiled(model, sampler, *steps):
-    cached = sd.CompiledModel(model, None, None, CAPACITY)
+def compiled(model, sampler, *steps, bounds=(CAPACITY,)):
+    cached = sd.CompiledModel(model, None, None, *bounds)
     for head, tokens, logits_to_keep in steps:
         cached.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
     return cached
 
 
-def compiled_pair(sampler):
+def compiled_pair(sampler, bounds=(CAPACITY,), draft_bounds=(CAPACITY,), noise=0.05):
     model = make_model("gemma2")
-    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0))
-    draft = compiled(like(model, 0.05), sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
-    return model, like(model, 0.05), main.limited_to((5,)), draft
+    draft_model = like(model, noise)
+    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0), bounds=bounds)
+    steps = (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1)
+    draft = compiled(draft_model, sampler, *steps, bounds=draft_bounds)
+    return model, draft_model, main.limited_to((5,)), draft
 
 
 @pytest.fixture
@@ -48,13 +54,13 @@ def graphs(monkeypatch):
 
 
 def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
-    """By the real compiler: sliding windows, prompts of 1 to 30 tokens, and every kind of step.
+    """By the real compiler: sliding windows, prompts of 1 to 30 tokens, every kind of step, two bounds of the cache.
 
     The program drops the compiler's guards; here they are kept, so that one that would ask for compiling anew is seen.
     """
     monkeypatch.setattr(torch.compiler, "skip_all_guards_unsafe", lambda guards: [True] * len(guards))
     sampler = sd.Greedy()
-    model, draft_model, main, draft = compiled_pair(sampler)
+    model, draft_model, main, draft = compiled_pair(sampler, (24, CAPACITY))
 
     def memory():
         return [part.data_ptr() for layer in main.cache.layers for part in (layer.keys, layer.cumulative_length)]
@@ -106,6 +112,32 @@ def test_a_draft_that_knows_fewer_tokens_can_be_compiled_too(graphs, temperature
     assert len(graphs) == 4
 
 
+def test_steps_attend_to_no_more_than_the_bound_that_holds_the_text(graphs):
+    """With graphs of which each attends to its own bound: across bounds, and back when the draft is rolled back."""
+    bounds, sampler, returned = (16, 40, CAPACITY + -CAPACITY % 8), sd.Greedy(), 0
+    model, draft_model, main, draft = compiled_pair(sampler, bounds, bounds, noise=0.2)
+    assert len(graphs) == 4 * len(bounds)
+    of_main, of_draft = note_steps(main, parts=3), note_steps(draft, parts=3)
+    for prompt in PROMPTS:
+        for k in (4, 2):
+            of_main.clear(), of_draft.clear()
+            result, reference = speculate(main, draft, prompt, k, NEW), speculate(model, draft_model, prompt, k, NEW)
+            assert (result.token_ids, counts_of(result)) == (reference.token_ids, counts_of(reference))
+            text, of_text, passes, steps = len(prompt) + 1, [], [], []
+            for one in result.rounds:
+                passes.append(text + 4)  # what the cache holds in the end
+                steps += range(text, text + k)
+                text += one.accepted + 1
+            for ran, held in ((of_main, passes), (of_draft, steps)):
+                of_text = [next(bound for bound in bounds if bound >= tokens) for tokens in held]
+                assert [bound for *_, bound in ran] == of_text
+            returned += sum(after < before for before, after in itertools.pairwise(of_text))
+        assert baseline(main, prompt, NEW).token_ids == baseline(model, prompt, NEW).token_ids
+    assert returned  # roll-backs across a bound
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is torch.nn.functional.softmax]
+    assert {node.meta["example_value"].shape[-1] for node in nodes} == set(bounds)
+
+
 def test_compiled_steps_round_differently_and_that_is_a_tie():
     """In bfloat16 what is compiled rounds less often: where that flips a token, both outputs are the main model's."""
     model = make_model("llama", dtype=torch.bfloat16)
@@ -125,6 +157,22 @@ LADDER = {2, 3, 5, 9, 16}
 
 
 @pytest.mark.parametrize(
+    ("lengths", "bounds"),
+    [
+        ([120, 512], [512]),  # a quarter is too little to be worth anything
+        ([1023, 120], [1023]),
+        ([120, 1024], [256, 1024]),
+        ([257, 1024], [1024]),  # nothing would ever fit into a quarter
+        ([257, 1024, 4096], [1024, 4096]),
+        ([256, 1025, 4096], [256, 4096]),
+        ([200, 700, 4100, 30], [256, 1025, 4100]),
+    ],
+)
+def test_bounds_are_those_that_some_text_needs(lengths, bounds):
+    assert sd.cache_bounds(lengths) == bounds
+
+
+@pytest.mark.parametrize(
     ("lengths", "widths"),
     [
         ((1,), {2}),
@@ -140,9 +188,11 @@ def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths,
     model, sampler, announced = make_model("llama"), sd.Greedy(), []
     main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
     sd.compile_steps(main, sd.ModelDraft(draft, sampler), sampler, lengths, announced.append)
-    assert set(main.steps) == {("sample", 1), *(("score", width) for width in widths)}
+    assert {key[:2] for key in main.steps} == {("sample", 1), *(("score", width) for width in widths)}
     # A round's first pass of the draft reads two tokens, and the further ones one; with K = 1 there are none.
-    assert set(draft.steps) == {("sample_draft", 2)} | ({("sample_draft", 1)} if lengths != (1,) else set())
+    assert {key[:2] for key in draft.steps} == {("sample_draft", 2)} | (
+        {("sample_draft", 1)} if lengths != (1,) else set()
+    )
     assert len(graphs) == len(announced) == len(main.steps) + len(draft.steps)
 
 
@@ -150,18 +200,18 @@ def test_without_a_draft_model_only_the_main_models_steps_are_compiled(graphs):
     sampler, announced = sd.Sampling(0.8), []
     main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
     sd.compile_steps(main, sd.NgramDraft(main.device), sampler, (4,), announced.append)
-    assert set(main.steps) == {("sample", 1), ("score", 5)}
+    assert {key[:2] for key in main.steps} == {("sample", 1), ("score", 5)}
     assert len(graphs) == len(announced) == 2
 
 
-def note_steps(model):
-    """A list that grows by the head's name and the number of tokens of each compiled step that runs."""
+def note_steps(model, parts=2):
+    """A list that grows by the head's name, the number of tokens and the bound of each compiled step that runs."""
     ran = []
 
     def noting(key, step):
         def run(*inputs):
             assert inputs[0].shape == (1, key[1])
-            ran.append(key)
+            ran.append(key[:parts])
             return step(*inputs)
 
         return run
@@ -258,7 +308,7 @@ class Recorded(cudagraph_utils.CUDAGraphPolicy):
         return model
 
 
-def check_graphs(model, sampler, steps, monkeypatch):
+def check_graphs(model, sampler, steps, monkeypatch, bounds=(CAPACITY,)):
     """Compile steps as on a GPU: each must be one graph whose memory is fixed, but for token ids and a random number.
 
     On the CPU, with all that inductor decides before it would record a CUDA graph; that last step is left out. So is
@@ -270,10 +320,11 @@ def check_graphs(model, sampler, steps, monkeypatch):
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *source: lambda *memory: None)
     policy = Recorded()
     with config.patch(cudagraph_policy=policy, force_disable_caches=True):  # in these, other tests keep their graphs
-        compiled(model, sampler, *steps)
+        compiled(model, sampler, *steps, bounds=bounds)
     assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["graph_break"]
-    assert len(policy.graphs) == len(steps)  # one graph for each step
-    for (static, mutated, copied), (_, tokens, logits_to_keep) in zip(policy.graphs, steps, strict=True):
+    each = list(itertools.product(steps, bounds))
+    assert len(policy.graphs) == len(each)  # one graph for each step and bound
+    for (static, mutated, copied), ((_, tokens, logits_to_keep), _) in zip(policy.graphs, each, strict=True):
         assert len(mutated) >= 6  # keys, values and the length of each of two layers
         assert mutated <= static  # or: "skipping cudagraphs due to mutated inputs"
         random = [("torch.float32", (1,))] if logits_to_keep and isinstance(sampler, sd.Sampling) else []
@@ -290,8 +341,65 @@ def test_each_step_is_one_cuda_graph_that_copies_nothing_but_tokens(family, samp
     check_graphs(make_model(family), sampler, heads(sampler), monkeypatch)
 
 
+def test_a_step_is_one_cuda_graph_for_each_bound_of_the_same_cache(monkeypatch):
+    sampler = sd.Greedy()
+    check_graphs(make_model("llama"), sampler, [(sampler.score, 5, 0)], monkeypatch, bounds=(16, 40, CAPACITY))
+
+
 def test_a_cache_whose_memory_could_move_would_be_seen(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor, guard=False: None)
     sampler = sd.Greedy()
     with pytest.raises(AssertionError, match="<="):
         check_graphs(make_model("llama"), sampler, [(sampler.sample, 1, 1)], monkeypatch)
+
+
+@pytest.mark.parametrize(("device", "skips", "warned"), [("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False)])
+def test_steps_without_cuda_graphs_are_told(monkeypatch, device, skips, warned):
+    """The compiler counts what it skips; on a CPU, too, where there are no such graphs to be had."""
+    sampler, announced = sd.Greedy(), []
+    main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
+    monkeypatch.setattr(main, "compile", lambda *step: None)
+    monkeypatch.setattr(main, "device", torch.device(device))
+    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skips)
+    sd.compile_steps(main, sd.NgramDraft(main.device), sampler, (4,), announced.append)
+    warning = "warning: no CUDA graphs of 2 steps, which are slow: see TORCH_LOGS=cudagraphs"
+    assert announced[2:] == [warning] * warned
+
+
+class OneDevice(TorchDispatchMode):
+    """Rejects operations that involve another device than that of meta tensors, from which nothing can be read."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        tensors = [part for part in tree_leaves((args, kwargs, output)) if isinstance(part, torch.Tensor)]
+        assert all(part.device.type == "meta" for part in tensors), function
+        return output
+
+
+class OnMeta(sd.Sampling):
+    """Draws with random numbers that have no storage."""
+
+    def uniform(self, count):
+        return torch.empty(count, device="meta")
+
+
+@pytest.mark.parametrize("sampler", [sd.Greedy(), OnMeta(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_drafting_and_verifying_read_nothing_from_the_device(graphs, family, is_compiled, sampler):
+    model = make_model(family).to("meta")
+    main, draft = sd.CachedModel(model), sd.CachedModel(model)
+    if is_compiled:
+        main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0))
+        draft = compiled(model, sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
+    helper, prompt = sd.ModelDraft(draft, sampler), torch.zeros(1, 7, dtype=torch.long, device="meta")
+    last = sampler.sample(main.prefill(prompt), prompt, sampler.uniform(1))
+    helper.reset(prompt)
+    with OneDevice(), torch.no_grad():
+        for text in ([1] * 8, [1] * 10):
+            draft_ids, _ = helper.propose(text, sd.FixedLength(4))
+            main.verify(sampler.score, torch.cat([last, draft_ids], dim=1))
+            main.roll_back(3), helper.roll_back(3)
+        main.step(sampler.sample, last, sampler.uniform(1))
+        with pytest.raises(RuntimeError, match="meta"):  # in automatic mode the host reads
+            helper.propose([1] * 12, sd.AutoLength(CHEAP, longest=4))

@@ -215,28 +215,57 @@ def test_the_context_is_used_to_its_end(tmp_path, capsys):
 # Configurations and memory, before any weights are loaded
 
 
-def test_weights_are_counted_from_the_configuration_alone(tmp_path):
+def gemma_files(folder):
+    """Folders with the configurations of gemma-2-9b and gemma-2-2b, read in bfloat16."""
     gemma = {"vocab_size": 256000, "head_dim": 256}
     nine = {"hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8}
     two = {"hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4}
-    for name, shape, width, weights_gb in (("main", nine, 14336, 18.48), ("draft", two, 9216, 5.23)):
-        transformers.Gemma2Config(**gemma, **shape, intermediate_size=width).save_pretrained(tmp_path / name)
-        of = sd.read_model_files(str(tmp_path / name), torch.bfloat16)
-        assert of.parameters * 2 / 1e9 == pytest.approx(weights_gb, abs=0.01)
-        heads = shape["num_hidden_layers"] * shape["num_key_value_heads"]
-        assert of.bytes_per_token == 2 * heads * 256 * 2  # keys and values, of 256 numbers of 2 bytes
+    files = {}
+    for role, shape, width in (("main", nine, 14336), ("draft", two, 9216)):
+        transformers.Gemma2Config(**gemma, **shape, intermediate_size=width).save_pretrained(folder / role)
+        files[role] = sd.read_model_files(str(folder / role), torch.bfloat16)
+    return files
+
+
+def test_weights_and_memory_are_counted_from_the_configuration_alone(tmp_path):
+    files = gemma_files(tmp_path)
+    for role, weights_gb, heads in (("main", 18.48, 42 * 8), ("draft", 5.23, 26 * 4)):
+        assert files[role].parameters * 2 / 1e9 == pytest.approx(weights_gb, abs=0.01)
+        peak, stored = sd.prefill_memory(files[role].model, 4096)
+        assert stored == pytest.approx(
+            4096 * 2 * heads * 256 * 2, abs=1000
+        )  # keys and values, of 256 numbers of 2 bytes
+    # The main model's attention has scores of 16 heads, [4096, 4096], and their softmax in float32.
+    scores = 16 * 4096**2
+    assert stored + (2 + 4) * scores < sd.prefill_memory(files["main"].model, 4096)[0] < 4.0e9
+
+
+def test_memory_at_its_peak():
+    with sd.PeakMemory(weights := torch.nn.Linear(10, 10)) as memory:
+        first = torch.zeros(1000)
+        first.view(10, 100)[0].add_(1)  # the same memory
+        second = first + 1
+        del first
+        third = torch.zeros(500)
+        weights.weight.t()
+    assert memory.peak == 4 * 2000 and len(memory.storages) == 2  # the first was gone before the third came
+    del second, third
+    assert len(memory.storages) == 0
 
 
 @pytest.mark.parametrize("folder", [MAIN, DRAFT], ids=["main", "draft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_and_cache_take_what_was_counted(folder, dtype):
+def test_a_model_takes_what_was_counted(folder, dtype):
+    """The weights, the cache of 200 tokens, and the peak of reading them, to the byte."""
     of = sd.read_model_files(str(folder), dtype)
     model = sd.load_model(str(folder), of.config, dtype)
     assert of.parameters == model.num_parameters() and of.name == str(folder)
     cached = sd.CachedModel(model)
-    cached.forward(ids_of(range(50)))  # shorter than the window
+    with sd.PeakMemory(model) as memory:
+        cached.prefill(ids_of(range(200)))
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached.cache.layers)
-    assert of.bytes_per_token * 50 == stored
+    peak, left = sd.prefill_memory(of.model, 200)
+    assert peak == memory.peak > 1.2 * stored and stored <= left < stored + 100
 
 
 @pytest.mark.parametrize("shared", [0, 2], ids=["own caches", "shared caches"])
@@ -257,10 +286,11 @@ def test_layers_of_different_kinds_are_counted_and_decoded(tmp_path, capsys, one
     model = sd.load_model(str(folder), of.config, torch.float32)
     assert of.parameters == model.num_parameters()
     cached = sd.CachedModel(model)
-    cached.forward(ids_of(range(1, 8)))
+    cached.prefill(ids_of(range(1, 8)))
     stored = [layer for layer in cached.cache.layers if getattr(layer, "keys", None) is not None]
     assert len(stored) == 4 - shared
-    assert of.bytes_per_token * 7 == sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
+    counted = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
+    assert counted <= sd.prefill_memory(of.model, 7)[1] < counted + 100
     options = ["--prompts", one_prompt, "--draft-tokens", 3, "--max-new-tokens", 12, "--warmup", 0]
     assert run("--main", folder, "--draft", DRAFT, *options) == 0
     assert "The output is the main model's own, token for token." in capsys.readouterr().out
@@ -279,7 +309,8 @@ def test_too_little_memory_is_said_before_anything_is_loaded(tmp_path, capsys):
     message = refused(capsys, "--main", giant(tmp_path / "giant"), "--draft", DRAFT)
     needed, free = (float(number) for number in re.findall(r"([\d.]+) GB (?:in float32|free)", message))
     assert needed > 20_000 > free
-    assert re.search(rf"main {tmp_path}/giant \d+\.\d \+ \d+\.\d, draft {DRAFT} 0\.0 \+ 0\.0\)", message)
+    parts = rf"main {tmp_path}/giant \d+\.\d \+ \d+\.\d, draft {DRAFT} 0\.0 \+ 0\.0"
+    assert re.search(rf"\(weights \+ KV cache: {parts}; working memory for a prompt of \d+ tokens: \d+\.\d\)", message)
     assert "try a smaller pair" in message and "--device-map" not in message  # nothing else would help on a CPU
 
 
@@ -293,10 +324,10 @@ def test_pairs_that_fit_are_named(tmp_path, capsys, monkeypatch):
         (24, torch.float32, [], True, ["SmolLM2-1.7B-Instruct", "(7.4 GB)"], " or "),
         (4, torch.bfloat16, [], True, [], "-"),
     ]:
-        monkeypatch.setattr(sd, "free_gb", lambda device, free=free: free)
+        monkeypatch.setattr(sd, "free_memory", lambda device, free=free: free * 10**9)
         said = sd.pairs_that_fit(torch.device("cpu"), dtype, refused_pair, gated)
         assert all(part in said for part in named) and absent not in said
-    monkeypatch.setattr(sd, "free_gb", lambda device: 24)
+    monkeypatch.setattr(sd, "free_memory", lambda device: 24 * 10**9)
     message = refused(capsys, "--main", giant(tmp_path / "giant"), "--draft", DRAFT, "--dtype", "bfloat16")
     assert f"cpu has 24.0 GB free: try a smaller pair: --main {qwen} --draft" in message
 
@@ -401,6 +432,75 @@ def test_a_quantised_main_model_runs_with_an_unquantised_draft(tmp_path, capsys,
         assert of.weight_bytes == pytest.approx(sum(weight.nbytes for weight in model.parameters()), rel=0.1)
     else:
         assert of.weight_bytes == size
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_pair_is_refused_from_the_byte_on_that_it_lacks(monkeypatch, device, is_compiled):
+    """Weights, both caches, and the larger peak; a compiled model's own cache is beside the one it is filled from."""
+    files = {
+        role: sd.read_model_files(str(folder), torch.bfloat16) for role, folder in (("main", MAIN), ("draft", DRAFT))
+    }
+    prompt, text = 2000, 2144
+    peaks, caches = zip(*[sd.prefill_memory(of.model, prompt) for of in files.values()], strict=True)
+    needed = sum(2 * of.parameters for of in files.values()) + sum(caches) * text / prompt + (device != "cpu") * 1e9
+    needed += max(peaks) if is_compiled else max(peaks) - caches[0]
+    for free in (needed - 1, needed + 1):
+        monkeypatch.setattr(sd, "free_memory", lambda of, free=free: free)
+        if free > needed:
+            sd.check_memory(files, torch.device(device), prompt, text, is_compiled)
+            continue
+        with pytest.raises(
+            sd.UsageError, match=f"need {needed / 1e9:.1f} GB in bfloat16 .* of 2,000 tokens: "
+        ) as refusal:
+            sd.check_memory(files, torch.device(device), prompt, text, is_compiled)
+        assert ("--device-map auto" in str(refusal.value)) == (device != "cpu")
+
+
+def test_memory_is_asked_of_the_device_alone(monkeypatch):
+    """Of an accelerator's own; MPS and the CPU share one; `--device-map auto` may fill nine tenths of each."""
+    asked, ram = [], sd.psutil.virtual_memory()
+
+    def of_device(device):
+        asked.append(device)
+        return 1000 * (1 + device.index), 10**12
+
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", of_device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(sd.psutil, "virtual_memory", lambda: ram._replace(available=500))
+    assert sd.free_memory(torch.device("cuda:1")) == 2000 and asked == [torch.device("cuda:1")]
+    assert sd.free_memory(torch.device("mps")) == sd.free_memory(torch.device("cpu")) == 500 and len(asked) == 1
+    assert sd.memory_limits(torch.device("cuda:0")) == {0: 900, 1: 1800, "cpu": 450}
+    assert sd.memory_limits(torch.device("mps")) == {"mps": 450}
+    assert sd.memory_limits(torch.device("cpu")) == {"cpu": 450}
+
+
+def test_the_main_model_is_spread_into_what_the_draft_has_left(monkeypatch):
+    """Memory is asked for once the draft has been loaded, and a tenth of it stays free."""
+    placements, load_model = [], sd.load_model
+
+    def load(name, config, dtype, **placement):
+        placements.append(placement)
+        return load_model(name, config, dtype, **placement)
+
+    monkeypatch.setattr(sd, "load_model", load)
+    monkeypatch.setattr(sd, "free_memory", lambda device: 10**9 - 10**8 * len(placements))
+    assert run(*QUICK, "--limit", 1, "--device-map", "auto") == 0
+    draft, main = placements
+    assert draft == {"device_map": torch.device("cpu")}
+    assert main["device_map"] == "auto" and main["max_memory"] == {"cpu": 810_000_000}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_it"), [("auto", False), ("bfloat16", False), ("auto", True), ("float32", False)]
+)
+def test_a_gpu_without_bfloat16_is_named_and_nothing_switched(monkeypatch, dtype, has_it):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it or including_emulation)
+    given = sd.parse([*PAIR, "--dtype", dtype])
+    settings, notices = sd.resolve_defaults(given, torch.device("cuda"))
+    assert settings.dtype == ("bfloat16" if dtype == "auto" else dtype)
+    slow = dtype != "float32" and not has_it
+    assert ["emulates bfloat16" in notice and "--dtype float32" in notice for notice in notices] == [True] * slow
 
 
 # Models that are broken, or of another kind: status 2, and one line that says what and how
