@@ -2122,8 +2122,8 @@ def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[A
     return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notices
 
 
-def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float) -> list[Prompt]:
-    """The prompts that fit into the context, with their ids. Raises UsageError."""
+def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float, vocabulary: int) -> list[Prompt]:
+    """The prompts that fit into the context, with their ids, all below `vocabulary`. Raises UsageError."""
     switches, fitting, longest = settings.chat_template_args, [], 0
     hint = "check --chat-template-args" if switches else "--no-chat-template feeds it as it is"
     chat = bool(switches) or (not settings.no_chat_template and tokenizer.chat_template is not None)
@@ -2135,6 +2135,8 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
             later = [encode(tokenizer, text, chat, switches=switches) for text in prompt.later]
         if not ids:
             raise UsageError(f"prompt {prompt.label} of {settings.prompts} comes to no tokens; leave it out")
+        if max(ids) >= vocabulary:
+            raise UsageError(f"the tokenizer of {settings.main} has tokens that the model lacks; download it again")
         longest = max(longest, len(ids))
         if len(ids) + room <= context:
             new = settings.max_new_tokens
@@ -2148,7 +2150,7 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
     return fitting
 
 
-def next_turn(tokenizer, settings: Any, context: float, result: Result) -> Prompt | None:
+def next_turn(tokenizer, settings: Any, context: float, vocabulary: int, result: Result) -> Prompt | None:
     """The prompt that goes on from the baseline's answer; with an error if there is no answer, or it does not fit."""
     before = result.prompt
     if not before.later:
@@ -2160,9 +2162,37 @@ def next_turn(tokenizer, settings: Any, context: float, result: Result) -> Promp
     said = ({"role": "user", "content": before.text}, {"role": "assistant", "content": answer})
     prompt = dataclasses.replace(before, **turn, earlier=before.earlier + said)
     try:
-        return encode_prompts([prompt], tokenizer, settings, context)[0]
+        return encode_prompts([prompt], tokenizer, settings, context, vocabulary)[0]
     except UsageError as error:
         return dataclasses.replace(prompt, error=f"turn {prompt.turn}: {error}")
+
+
+def read_pair(settings: Any, device: torch.device) -> dict[str, ModelFiles]:
+    """The main model and, if it is one, the draft, before their weights are loaded. Raises UsageError."""
+    names, dtype = {"main": settings.main}, getattr(torch, settings.dtype)
+    if settings.draft not in DRAFTS_WITHOUT_MODEL:
+        names["draft"] = settings.draft
+    try:
+        return {role: read_model_files(name, dtype, device) for role, name in names.items()}
+    except UsageError as error:
+        others = pairs_that_fit(device, dtype, list(names.values()), gated=False)
+        if "accept its licence" in str(error) and others:
+            raise UsageError(f"{error}; or take a pair that needs none: {others}") from error
+        raise
+
+
+def load_pair(settings: Any, files: dict[str, ModelFiles], device: torch.device, scratch: str) -> dict:
+    """The models with their weights, by their roles. Raises UsageError."""
+    models = {}
+    for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
+        placement = {"device_map": device}
+        if settings.device_map and role == "main":  # into what is free by now
+            limits = memory_limits(device)
+            first = device.type if device.type in limits else device.index or 0
+            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or 2**60))
+            placement = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
+        models[role] = load_model(of.name, of.config, of.model.dtype, **placement)
+    return models
 
 
 def wrap_pair(settings: Any, models: dict, shared: int, device: torch.device, bounds: list[int]) -> tuple:
@@ -2221,25 +2251,15 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     for path, option in ((settings.json, "--json"), (settings.svg, "--svg")):
         save(path, option, None)  # better to fail now than when all is measured
 
-    names = {"main": settings.main}
-    if settings.draft not in DRAFTS_WITHOUT_MODEL:
-        names["draft"] = settings.draft
-    prompts, dtype = read_prompts(settings.prompts, settings.limit), getattr(torch, settings.dtype)
-    try:
-        files = {role: read_model_files(name, dtype, device) for role, name in names.items()}
-    except UsageError as error:
-        others = pairs_that_fit(device, dtype, list(names.values()), gated=False)
-        if "accept its licence" in str(error) and others:
-            raise UsageError(f"{error}; or take a pair that needs none: {others}") from error
-        raise
-    tokenizer, shared = load_tokenizer(list(names.values()))
+    prompts, files = read_prompts(settings.prompts, settings.limit), read_pair(settings, device)
+    names = [of.name for of in files.values()]
+    tokenizer, shared = load_tokenizer(names)
     configs = [of.config.get_text_config() for of in files.values()]
     context = min(getattr(config, "max_position_embeddings", None) or math.inf for config in configs)
-    found, prompts = len(prompts), encode_prompts(prompts, tokenizer, settings, context)
+    vocabulary = configs[0].vocab_size
+    found, prompts = len(prompts), encode_prompts(prompts, tokenizer, settings, context, vocabulary)
     if len(prompts) < found:
         errors.print(f"warning: {found - len(prompts)} of {found} prompts exceed the context of {context}: left out")
-    if max(max(prompt.ids) for prompt in prompts) >= configs[0].vocab_size:
-        raise UsageError(f"the tokenizer of {settings.main} has tokens that the model lacks; download it again")
     by_length = sorted(prompts, key=lambda prompt: len(prompt.ids))
     room = settings.max_new_tokens + longest_draft(settings.draft_tokens) + 1  # for output, and the last round's draft
     longest = min(context, max(prompt.longest for prompt in prompts))  # of all turns
@@ -2253,16 +2273,8 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     turns = [1 + len(prompt.later) for prompt in prompts]
     dealt = [sum(turns[process :: world.num_processes]) for process in range(world.num_processes)]
     describe(console, settings, files, environment, sum(turns))
-    errors.print(f"Loading {' and '.join(map(plain, names.values()))} …", style="dim")
-    models = {}
-    for role, of in reversed(files.items()):  # the draft first: it wants one device for itself
-        placement = {"device_map": device}
-        if settings.device_map and role == "main":
-            limits = memory_limits(device)
-            first = device.type if device.type in limits else device.index or 0
-            limits[first] = min(limits[first], accelerate.utils.convert_file_size_to_int(settings.max_memory or 2**60))
-            placement = {"device_map": "auto", "max_memory": limits, "offload_folder": scratch}
-        models[role] = load_model(of.name, of.config, dtype, **placement)
+    errors.print(f"Loading {' and '.join(map(plain, names))} …", style="dim")
+    models = load_pair(settings, files, device, scratch)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
     with contextlib.suppress(Exception):  # no memory left for it: then nothing is said of it
@@ -2302,7 +2314,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
 
     check = functools.partial(check_outputs, main, bool(settings.temperature))
     limit = min(context, longest + room) if settings.compile == "on" else context
-    go_on = functools.partial(next_turn, tokenizer, settings, limit)
+    go_on = functools.partial(next_turn, tokenizer, settings, limit, vocabulary)
     results = benchmark(mine, methods, check, settings.repeats, settings.warmup, announce, device, go_on)
     stopped = None
     try:
