@@ -1586,6 +1586,8 @@ def conclusions(best: Comparison, means: list[Comparison], results: list[Result]
         waits = "this is what it waits for, and where speculation pays."
         if read < memory / 2:
             waits = "it waits for something else, eager steps mostly for Python and kernel launches (--compile on)."
+        elif read > 1.2 * memory:
+            waits = "so they come from a cache of the processor, or the machine was busy with something else."
         lines.append(
             f"The baseline reads {number(read)} GB of weights a second, memory can deliver {number(memory)}: {waits}"
         )

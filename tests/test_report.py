@@ -507,12 +507,18 @@ def test_the_conclusions_are_the_figures_in_words(tokenizer):
 
 def test_how_near_the_baseline_is_to_the_memorys_limit(tokenizer):
     methods = [METHODS[0], sd.Method("K = 3", None, 3, weights_gb=0.99)]  # in 0.099 s: 10 GB/s
-    for memory, expected in ((18.0, "is what it waits for, and where speculation pays"), (40.0, "(--compile on)")):
+    for memory, expected in (
+        (18.0, "is what it waits for, and where speculation pays"),
+        (40.0, "(--compile on)"),
+        (5.0, "from a cache"),
+    ):
         report = sd.Report(console := console_of(4000), methods, tokenizer, memory)
         report.add(result_of(methods=methods), show_text=False)
         report.finish()
         said = console.file.getvalue()
-        assert f"reads 10.0 GB of weights a second, memory can deliver {memory}: " in said and expected in said
+        assert (
+            f"reads 10.0 GB of weights a second, memory can deliver {sd.number(memory)}: " in said and expected in said
+        )
     assert "GB of weights" not in conclusions_of([result_of()], tokenizer)  # where nothing is known of the memory
 
 
