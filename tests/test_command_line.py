@@ -511,7 +511,7 @@ def test_control_c_in_a_conversation_keeps_the_turns_that_are_done(tmp_path):
     assert prompt["turn"] == 1 and prompt["identical"] is True and re.search(r"^ +mean$", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize("pause", [0.005, 0.01])
+@pytest.mark.parametrize("pause", [0.005, 0.01, 0.2])
 def test_two_control_cs_end_it_as_one_does(tmp_path, pause):
     out = tmp_path / "out.json"
     printed, errors = interrupted(out, "^ +2 ", pause)
