@@ -393,26 +393,14 @@ def log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question or one turn of it, and where its output ends."""
+    """A prompt, and where its output ends."""
 
     text: str
-    number: int  # of the question in its file, from 1; random numbers depend on it
-    category: str | None = None
-    question_id: str | int | None = None
-    turn: int | None = None  # from 1; None: the question has only one
-    earlier: tuple[dict, ...] = ()  # the messages before the text: {"role": …, "content": …}
-    later: tuple[str, ...] = ()  # what the user says in the turns to come
-    longest: int = 0  # a bound for the tokens of the last turn's prompt
-    error: str | None = None  # why it cannot be decoded
+    number: int  # random numbers depend on it, and on the turn
+    turn: int | None = None  # of a conversation, from 1; None: it has only one
     ids: tuple[int, ...] = ()  # n ≥ 1
     max_new_tokens: int = 128
     end_ids: frozenset[int] = frozenset()  # end-of-text tokens: the output ends with the first of them
-
-    @property
-    def label(self) -> str:
-        """What the report calls it: the question's id or number, and the turn, e.g. "81.2"."""
-        name = self.number if self.question_id in (None, "") else self.question_id
-        return plain(f"{name}.{self.turn}" if self.turn else str(name))
 
 
 class Round(NamedTuple):
@@ -531,8 +519,7 @@ class ModelDraft(Draft):
     def __init__(self, model: CachedModel, sampler: Sampler):
         self.model, self.sampler, self.models = model, sampler, (model,)
         self.nothing = torch.empty(1, 0, dtype=torch.long, device=model.device)
-        # What it reads in place of tokens that only the main model knows. It can only draft worse for it: the output
-        # stays right, as the main model reads the text itself, and verifies what is drafted.
+        # What it reads for tokens that only the main model knows: it may draft worse, but the output stays right.
         self.last_id = (model.vocabulary or model.model.config.get_text_config().vocab_size) - 1
 
     def reset(self, prompt_ids: Tensor) -> None:
@@ -547,11 +534,12 @@ class ModelDraft(Draft):
         while length.wants_another(confidences):
             # First what it has not read, [1, 2] or more after rounds without a draft; then each of its own tokens,
             # [1, 1], which never leaves the device.
-            known = [min(token, self.last_id) for token in text[self.has_read :]]
-            unread = tokens[-1] if tokens else torch.tensor([known], device=self.model.device)
+            if not tokens:
+                unread = torch.tensor([text[self.has_read :]], device=self.model.device).clamp(max=self.last_id)
             sampled = self.model.step(self.sampler.sample_draft, unread, self.sampler.uniform(1))
             for kept, part in zip((tokens, confidences, q), sampled, strict=True):
                 kept.append(part)
+            unread = tokens[-1]
         if not tokens:
             return self.nothing, None
         self.has_read = len(text) + len(tokens) - 1
@@ -595,9 +583,6 @@ class NgramDraft(Draft):
             while length.wants_another([self.assumed_acceptance[n]] * len(tokens)) and start + len(tokens) < len(text):
                 tokens.append(text[start + len(tokens)])
         return torch.tensor([tokens], dtype=torch.long, device=self.device), None
-
-
-DRAFTS_WITHOUT_MODEL = {"ngram": NgramDraft}  # by their names on the command line
 
 
 @torch.no_grad()
@@ -1037,6 +1022,24 @@ def first_line(error: BaseException) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Question(Prompt):
+    """A question of a file, or one turn of it; its number is its place in the file, from 1."""
+
+    category: str | None = None
+    question_id: str | int | None = None
+    earlier: tuple[dict, ...] = ()  # the messages before the text: {"role": …, "content": …}
+    later: tuple[str, ...] = ()  # what the user says in the turns to come
+    longest: int = 0  # a bound for the tokens of the last turn's prompt
+    error: str | None = None  # why it cannot be decoded
+
+    @property
+    def label(self) -> str:
+        """What the report calls it: the question's id or number, and the turn, e.g. "81.2"."""
+        name = self.number if self.question_id in (None, "") else self.question_id
+        return plain(f"{name}.{self.turn}" if self.turn else str(name))
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A way to decode a prompt. The first of a run is the baseline."""
 
@@ -1074,7 +1077,7 @@ class Outcome:
 class Result:
     """What every method did with one prompt, by the methods' labels."""
 
-    prompt: Prompt
+    prompt: Question
     outcomes: dict[str, Outcome]
 
     @property
@@ -1166,14 +1169,14 @@ def memory_bandwidth_gb_s(device: torch.device) -> float:
 
 
 def benchmark(
-    prompts: list[Prompt],
+    prompts: list[Question],
     methods: list[Method],
     check: Callable[[Result], None],
     repeats: int = 1,
     warmup: int = 1,
-    announce: Callable[[Prompt, str], None] = lambda *_: None,
+    announce: Callable[[Question, str], None] = lambda *_: None,
     device: torch.device | None = None,
-    next_turn: Callable[[Result], Prompt | None] = lambda _: None,
+    next_turn: Callable[[Result], Question | None] = lambda _: None,
 ) -> Iterator[Result]:
     """Decode each prompt with all methods, then the `next_turn` of its Result; yield Results that `check` has seen.
 
@@ -1640,10 +1643,8 @@ def group_by_length(results: list[Result]) -> dict[str, list[Result]]:
 class Report:
     """The report as it grows: after each prompt its rows and its part of the JSON, at the end what follows from all."""
 
-    def __init__(self, console: Console, methods: list[Method], tokenizer, memory_bandwidth: float | None = None):
-        """`methods`: the baseline first. `memory_bandwidth`: what the device's memory delivers, in GB/s."""
+    def __init__(self, console: Console, methods: list[Method], tokenizer):  # the baseline first
         self.console, self.tokenizer, self.methods, self.results = console, tokenizer, methods[1:], []
-        self.memory_bandwidth = memory_bandwidth
         self.parts = {}  # of the JSON, by the method's label
         for one in self.methods:
             part = {"method": one.library, "draft_tokens": one.draft_tokens, "costs": one.costs}
@@ -1681,7 +1682,7 @@ class Report:
             self.console.print(f"{label}:", style="bold")
             print_text(self.console, self.tokenizer, run)
 
-    def finish(self) -> None:
+    def finish(self, memory: float | None = None) -> None:
         """Print the averages, what compares categories, prompt lengths and draft lengths, and the conclusions."""
         means, tables = {}, {}  # by the method's label, over the prompts where it did not fail
         for method in self.methods:
@@ -1715,7 +1716,7 @@ class Report:
         bars = [(f"token {place}", share) for place, share in enumerate(joint, 1)]
         title = f"Draft tokens accepted, and all before them, by position in a round ({label})"
         print_chart(self.console, title, bars, functools.partial(percent, whole=1))
-        for line in conclusions(best, list(means.values()), self.results, self.memory_bandwidth):
+        for line in conclusions(best, list(means.values()), self.results, memory):
             self.console.print(line)
 
     def status(self) -> int:
@@ -1749,7 +1750,7 @@ def save(path: str | None, option: str, text: str | None) -> None:
 # 10  Loading ----------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
+def read_prompts(path: str, limit: int | None = None) -> list[Question]:
     """A file's prompts, one a line, or `limit` of them, spread evenly over the categories. Raises UsageError."""
     with cli_errors(f"read {path}", "name a text file with --prompts"):
         lines, prompts = pathlib.Path(path).read_bytes().split(b"\n"), []
@@ -1760,7 +1761,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
         if text and path.lower().endswith(".jsonl"):  # one object a line
             prompts.append(parse_prompt(text, where, number))
         elif text and not text.startswith("#"):
-            prompts.append(Prompt(text, number))
+            prompts.append(Question(text, number))
     if not prompts:
         raise UsageError(f"{path} has no prompts; write one on each line")
     ranks = defaultdict(itertools.count)  # each prompt's place within its category
@@ -1768,8 +1769,8 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
     return sorted(chosen, key=lambda prompt: prompt.number)
 
 
-def parse_prompt(line: str, where: str, number: int) -> Prompt:
-    """An object of a .jsonl file: its text, at the first of `keys`; `category`; `question_id`. Raises UsageError."""
+def parse_prompt(line: str, where: str, number: int) -> Question:
+    """An object of a .jsonl file: a text or turns, at the first key that it has of those below. Raises UsageError."""
 
     def checked(text: Any, key: str) -> str:
         if not isinstance(text, str) or not text.strip():
@@ -1801,9 +1802,9 @@ def parse_prompt(line: str, where: str, number: int) -> Prompt:
     if key == "instruction" and entry.get("input"):
         text += "\n\n" + checked(entry["input"], "input")
     category, question_id = map(entry.get, ("category", "question_id"))
-    question_id = question_id if isinstance(question_id, str | int) else None
-    turns = {"turn": 1 if later else None, "earlier": tuple(earlier), "later": tuple(later)}
-    return Prompt(text, number, None if category is None else str(category), question_id, **turns)
+    named = {"category": None if category is None else str(category)}
+    named |= {"question_id": question_id if isinstance(question_id, str | int) else None}
+    return Question(text, number, 1 if later else None, earlier=tuple(earlier), later=tuple(later), **named)
 
 
 def choose_device(wanted: str, world: accelerate.PartialState) -> torch.device:
@@ -1947,9 +1948,7 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.weights = {
-            part.untyped_storage() for part in (*model.parameters(), *model.buffers())
-        }  # these do not count
+        self.weights = {part.untyped_storage() for part in (*model.parameters(), *model.buffers())}  # do not count
         self.storages, self.peak = weakref.WeakSet(), 0
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -2087,6 +2086,7 @@ def end_tokens(model: PreTrainedModel, tokenizer) -> frozenset[int]:
 # 11  The command line -------------------------------------------------------------------------------------------------
 
 BUNDLED = pathlib.Path(__file__).resolve().parent / "tests" / "tiny_gemma2"
+DRAFTS_WITHOUT_MODEL = {"ngram": NgramDraft}  # by what --draft calls them
 
 
 def longest_draft(draft_tokens: tuple[int | str, ...]) -> int:
@@ -2124,7 +2124,9 @@ def resolve_defaults(given: argparse.Namespace, device: torch.device) -> tuple[A
     return dataclasses.make_dataclass("Settings", resolved, frozen=True)(**resolved), notices
 
 
-def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: float, vocabulary: int) -> list[Prompt]:
+def encode_prompts(
+    prompts: list[Question], tokenizer, settings: Any, context: float, vocabulary: int
+) -> list[Question]:
     """The prompts that fit into the context, with their ids, all below `vocabulary`. Raises UsageError."""
     switches, fitting, longest = settings.chat_template_args, [], 0
     hint = "check --chat-template-args" if switches else "--no-chat-template feeds it as it is"
@@ -2152,7 +2154,7 @@ def encode_prompts(prompts: list[Prompt], tokenizer, settings: Any, context: flo
     return fitting
 
 
-def next_turn(tokenizer, settings: Any, context: float, vocabulary: int, result: Result) -> Prompt | None:
+def next_turn(tokenizer, settings: Any, context: float, vocabulary: int, result: Result) -> Question | None:
     """The prompt that goes on from the baseline's answer; with an error if there is no answer, or it does not fit."""
     before = result.prompt
     if not before.later:
@@ -2279,8 +2281,6 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     models = load_pair(settings, files, device, scratch)
     ends = frozenset() if settings.ignore_eos else end_tokens(models["main"], tokenizer)
     prompts = [dataclasses.replace(prompt, end_ids=ends) for prompt in prompts]
-    with contextlib.suppress(Exception):  # no memory left for it: then nothing is said of it
-        environment["memory_bandwidth_gb_s"] = memory_bandwidth_gb_s(device)
     start, pair = time.perf_counter(), None
     if settings.compile == "on":
         try:
@@ -2295,7 +2295,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     methods = our_methods(main, draft, sampler, settings.draft_tokens, by_length[len(by_length) // 2])
     if settings.compare:
         methods += library_methods(main, draft, sampler, settings.draft_tokens)
-    report = Report(console, methods, tokenizer, environment["memory_bandwidth_gb_s"])
+    report = Report(console, methods, tokenizer)
 
     def write_json(complete: bool) -> None:
         told = {"environment": environment, "settings": dataclasses.asdict(settings) | {"compile_s": compile_s}}
@@ -2310,7 +2310,7 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     bar = Progress(*columns, console=errors, speed_estimate_period=1e6, **quiet)
     task = bar.add_task("", total=len(methods) * (settings.warmup + settings.repeats * dealt[world.process_index]) + 1)
 
-    def announce(prompt: Prompt, what: str) -> None:
+    def announce(prompt: Question, what: str) -> None:
         bar.start()
         bar.update(task, description=f"prompt {prompt.label}: {what}", advance=1, refresh=True)
 
@@ -2337,7 +2337,10 @@ def run(given: argparse.Namespace, scratch: str) -> int:
     if any(outcome.runs for result in report.results for outcome in result.outcomes.values()):
         if stopped:
             console.print(f"Only {done} of {sum(turns)} prompts: a part of the result.", style="bold")
-        report.finish()
+        # Measured last, so that no peak of memory counts it. If there is no memory left for it, nothing is said of it.
+        with contextlib.suppress(Exception):
+            environment["memory_bandwidth_gb_s"] = memory_bandwidth_gb_s(device)
+        report.finish(environment["memory_bandwidth_gb_s"])
         if not isinstance(stopped, UsageError):
             write_json(complete=not stopped)
         save(settings.svg, "--svg", console.export_svg(title="speculative_decoding.py") if settings.svg else None)

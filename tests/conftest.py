@@ -123,7 +123,7 @@ def ids_of(tokens):
 
 
 def prompt_of(tokens, number=0, new=32, end=frozenset()):
-    return sd.Prompt("?", number, ids=tuple(tokens), max_new_tokens=new, end_ids=frozenset(end))
+    return sd.Question("?", number, ids=tuple(tokens), max_new_tokens=new, end_ids=frozenset(end))
 
 
 def generation_of(tokens, latency=1.0, first=0.0, rounds=(), log_likelihood=0.0):

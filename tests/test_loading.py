@@ -198,7 +198,7 @@ def test_the_context_is_used_to_its_end(tmp_path, capsys):
     assert "exceed" in refused(capsys, *common, fits + 1)
     given = sd.parse([str(option) for option in [*common, fits]])
     settings, _ = sd.resolve_defaults(given, torch.device("cpu"))
-    prompts = [sd.Prompt(path.read_text().strip(), 1), sd.Prompt("word " * 301, 2)]
+    prompts = [sd.Question(path.read_text().strip(), 1), sd.Question("word " * 301, 2)]
     (fitting,) = sd.encode_prompts(prompts, tokenizer, settings, 1024, 2048)
     assert fitting.number == 1 and len(fitting.ids) == tokens and fitting.max_new_tokens == fits
 

@@ -42,7 +42,7 @@ def outcomes_of(factor=1.0, label="K = 3"):
 
 
 def result_of(number=1, category=None, factor=1.0, text="What?", methods=METHODS):
-    prompt = sd.Prompt(text, number, category, ids=(1, 2, 3))
+    prompt = sd.Question(text, number, category=category, ids=(1, 2, 3))
     outcomes = outcomes_of(factor)
     return sd.Result(prompt, {method.label: outcomes[method.label] for method in methods})
 
@@ -255,7 +255,7 @@ def test_the_table_fits_the_terminal(width, tokenizer):
     slow = generation_of(range(99999), 12345.6, 1234.5)
     slow.latency_s = 12345.6 * 13.345
     outcomes = {"baseline": sd.Outcome([slow]), "K = 3": sd.Outcome([WIDE])}
-    result = sd.Result(sd.Prompt("A prompt of some length that must be cut " * 9, 123), outcomes)
+    result = sd.Result(sd.Question("A prompt of some length that must be cut " * 9, 123), outcomes)
     console = console_of(width, color_system=None)
     sd.print_row(console, sd.COLUMNS, "  # prompt", None)
     rows = {"K = 3": sd.Comparison([result], METHODS[1])}
@@ -273,7 +273,7 @@ def test_the_table_fits_the_terminal(width, tokenizer):
 def test_no_width_cuts_a_label_or_a_figure(columns, label):
     """On terminals of 30 to 120 columns: a table where there is room for it, else a list."""
     own, ours = outcomes_of()["baseline"], outcomes_of()["K = 3"]
-    result = sd.Result(sd.Prompt("?", 1), {"baseline": own, "K = 3": ours})
+    result = sd.Result(sd.Question("?", 1), {"baseline": own, "K = 3": ours})
     figures = sd.row_of(sd.Comparison([result], METHODS[1]))
     shown = [column.show(figures[column.key]) for column in columns]
     for width in range(30, 121):
@@ -377,7 +377,7 @@ def test_prompts_of_similar_lengths_are_not_told_apart(tokenizer):
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
 def test_each_prompt_is_in_the_group_of_its_length(lengths):
-    results = [sd.Result(sd.Prompt("?", 1, ids=(1,) * tokens), {}) for tokens in lengths]
+    results = [sd.Result(sd.Question("?", 1, ids=(1,) * tokens), {}) for tokens in lengths]
     groups = sd.group_by_length(results)
     assert bool(groups) is (max(lengths) >= 4 * min(lengths)) and len(groups) <= 3
     for name, group in groups.items():
@@ -456,7 +456,7 @@ def test_the_texts_of_our_methods_are_shown_below_their_prompt(tokenizer):
 
 def test_a_tie_is_shown_with_its_figures(tokenizer):
     results = [result_of(1), spoiled(divergence=divergence("tie", 0.125))]
-    results[1].prompt = sd.Prompt("p", 2, ids=(1, 2, 3, 4))
+    results[1].prompt = sd.Question("p", 2, ids=(1, 2, 3, 4))
     lines = conclusions_of(results, tokenizer).splitlines()
     assert lines[-2] == "1 of 2 outputs are the main model's own, token for token."
     assert lines[-1].startswith("Ties, the main model's own within its rounding: 1.")
@@ -470,7 +470,7 @@ def test_mismatches_say_which_is_the_worst_and_whose(tokenizer):
     ]
     results += [spoiled(divergence=divergence("mismatch", 0.5, "both", index=None)), spoiled(unchecked="no memory")]
     for number, result in enumerate(results, 1):
-        result.prompt = sd.Prompt("p", number, ids=(1,))
+        result.prompt = sd.Question("p", number, ids=(1,))
     lines = conclusions_of(results, tokenizer).splitlines()
     assert lines[-3] == "0 of 4 outputs are the main model's own, token for token."
     assert lines[-2].startswith("Mismatches, NOT the main model's own (please report this as a bug): 3. ")
@@ -512,9 +512,9 @@ def test_how_near_the_baseline_is_to_the_memorys_limit(tokenizer):
         (40.0, "(--compile on)"),
         (5.0, "from a cache"),
     ):
-        report = sd.Report(console := console_of(4000), methods, tokenizer, memory)
+        report = sd.Report(console := console_of(4000), methods, tokenizer)
         report.add(result_of(methods=methods), show_text=False)
-        report.finish()
+        report.finish(memory)
         said = console.file.getvalue()
         assert (
             f"reads 10.0 GB of weights a second, memory can deliver {sd.number(memory)}: " in said and expected in said
