@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import baseline, counts_of, like, make_model, prompt_of, speculate, with_more_tokens
+import transformers
+from helpers import baseline, counts_of, like, make_model, prompt_of, speculate, with_more_tokens
 from torch._dynamo.utils import counters
 from torch._inductor import config, cudagraph_utils
 from torch._inductor.async_compile import AsyncCompile
@@ -16,14 +17,14 @@ import speculative_decoding as sd
 PROMPTS = [[5, 9, 13, 2, 40], [3], [7, 8], list(range(1, 31)), [11] * 12]  # of 1 to 30 tokens: a window is 8 long
 NEW = 20
 CAPACITY = max(map(len, PROMPTS)) + NEW + 17
-CHEAP = {"draft_pass_s": {1: 0.1, 2: 0.1}, "main_pass_s": {1: 1.0, 5: 1.2}}
-DEAR = {"draft_pass_s": {1: 1.2, 2: 1.2}, "main_pass_s": {1: 1.0, 5: 1.2}}  # a draft that never pays
+CHEAP = [1.0, 1.15, 1.3, 1.45, 1.6]  # seconds of a round of 0 to 4 draft tokens
+DEAR = [1.0, 2.3, 3.5, 4.7, 5.9]  # a draft that never pays
 
 
 def compiled(model, sampler, *steps, bounds=(CAPACITY,)):
     cached = sd.CompiledModel(model, None, None, *bounds)
-    for head, tokens, logits_to_keep in steps:
-        cached.compile(head, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
+    for (then, tokens, logits_to_keep), bound in itertools.product(steps, cached.bounds):
+        cached.compile(then, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep, bound)
     return cached
 
 
@@ -66,7 +67,8 @@ def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
         return [part.data_ptr() for layer in main.cache.layers for part in (layer.keys, layer.cumulative_length)]
 
     storage = memory()
-    auto, resting = sd.AutoLength(CHEAP, longest=4), sd.AutoLength(DEAR, longest=4)
+    auto, resting = sd.AutoSchedule(CHEAP, True), sd.AutoSchedule(DEAR, True)
+    resting.rest = 6
     with torch._dynamo.config.patch(error_on_recompile=True):
         for prompt in PROMPTS:
             expected = baseline(model, prompt, NEW).token_ids
@@ -176,18 +178,14 @@ def test_bounds_are_those_that_some_text_needs(lengths, bounds):
     ("lengths", "widths"),
     [
         ((1,), {2}),
-        ((2,), {3}),
-        ((15,), {16}),
         ((1, 5), {2, 6}),
-        (("auto",), LADDER),
-        ((2, 8, "auto"), LADDER),  # 3 and 9 are on the ladder
-        ((3, "auto", 7), LADDER | {4, 8}),
+        ((2, "auto", 7), LADDER | {8}),  # 3 is on the ladder
     ],
 )
 def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths, widths):
     model, sampler, announced = make_model("llama"), sd.Greedy(), []
     main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
-    sd.compile_steps(main, sd.ModelDraft(draft, sampler), sampler, lengths, announced.append)
+    sd.compile_steps(main, {"draft": sd.ModelDraft(draft, sampler)}, sampler, lengths, announced.append)
     assert {key[:2] for key in main.steps} == {("sample", 1), *(("score", width) for width in widths)}
     # A round's first pass of the draft reads two tokens, and the further ones one; with K = 1 there are none.
     assert {key[:2] for key in draft.steps} == {("sample_draft", 2)} | (
@@ -199,13 +197,13 @@ def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths,
 def test_without_a_draft_model_only_the_main_models_steps_are_compiled(graphs):
     sampler, announced = sd.Sampling(0.8), []
     main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
-    sd.compile_steps(main, sd.NgramDraft(main.device), sampler, (4,), announced.append)
+    sd.compile_steps(main, {"ngram": sd.NgramDraft(main.device)}, sampler, (4,), announced.append)
     assert {key[:2] for key in main.steps} == {("sample", 1), ("score", 5)}
     assert len(graphs) == len(announced) == 2
 
 
 def note_steps(model, parts=2):
-    """A list that grows by the head's name, the number of tokens and the bound of each compiled step that runs."""
+    """A list that grows with each compiled step that runs: by what follows the pass, its tokens, and the bound."""
     ran = []
 
     def noting(key, step):
@@ -221,7 +219,7 @@ def note_steps(model, parts=2):
     return ran
 
 
-class Scripted(sd.FixedLength):
+class Scripted(sd.FixedSchedule):
     """Drafts 0, 1, 2, … tokens in the rounds, up to a limit, and from 0 on again."""
 
     rounds = 0
@@ -239,10 +237,12 @@ def test_a_pass_is_padded_to_the_next_width_of_its_own_method(graphs):
     draft_model = like(model, 0.03)
     main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, draft_model))
     helper, lookup = sd.ModelDraft(draft, sampler), sd.NgramDraft(main.device)
-    sd.compile_steps(main, helper, sampler, (3, 5, "auto"), lambda line: None)
+    sd.compile_steps(main, {"draft": helper}, sampler, (3, 5, "auto"), lambda line: None)
     compiled_graphs = len(graphs)
     of_main, of_draft = note_steps(main), note_steps(draft)
-    methods = {method.label: method for method in sd.our_methods(main, helper, sampler, (3, 5, "auto"), prompt_of([3]))}
+    settings = sd.Settings(main="m", draft=("draft",), draft_tokens=(3, 5, "auto"))
+    ours = sd.our_methods(main, {"draft": helper}, sampler, settings, prompt_of([3]))
+    methods = {method.label: method for method in ours}
     for number, ids in enumerate(PROMPTS):
         prompt, expected = prompt_of(ids, number, NEW), baseline(model, ids, NEW).token_ids
         for label, width in (("baseline", None), ("K = 3", 4), ("K = 5", 6)):
@@ -254,12 +254,13 @@ def test_a_pass_is_padded_to_the_next_width_of_its_own_method(graphs):
             assert of_draft == rounds
         # Without a model, a round with K = 3 drafts 0 to 3 tokens, in a pass of 4, or none and takes a step.
         of_main.clear()
-        result = sd.our_methods(main, lookup, sampler, (3,), prompt)[1].decode(prompt)
+        by_ngrams = sd.Settings(main="m", draft=("ngram",), draft_tokens=(3,))
+        result = sd.our_methods(main, {"ngram": lookup}, sampler, by_ngrams, prompt)[1].decode(prompt)
         assert result.token_ids == expected
         assert of_main == [("score", 4) if drafted else ("sample", 1) for drafted, _ in counts_of(result)]
         # With auto, any number.
         of_main.clear()
-        result = speculate(main.limited_to(sd.verify_widths("auto")), draft, ids, Scripted(15), NEW)
+        result = speculate(main.limited_to(sd.verify_widths("auto", main.device)), draft, ids, Scripted(15), NEW)
         eager = speculate(model, draft_model, ids, Scripted(15), NEW)
         assert result.token_ids == expected and counts_of(result) == counts_of(eager)
         assert result.log_likelihood == pytest.approx(eager.log_likelihood, rel=1e-4)
@@ -271,9 +272,109 @@ def test_a_pass_is_padded_to_the_next_width_of_its_own_method(graphs):
         of_main.clear()
         result = methods["K = auto"].decode(prompt)
         assert result.token_ids == expected
-        assert {width for head, width in of_main if head == "score"} <= LADDER
+        assert {width for then, width in of_main if then == "score"} <= LADDER
         assert len(of_main) == len(result.rounds)
     assert len(graphs) == compiled_graphs
+
+
+def test_a_draft_that_was_not_asked_reads_on_by_steps_that_are_compiled(graphs):
+    """Two tokens at a time, up to twelve; more in one pass. With n-grams that propose in between, too."""
+    model, sampler = make_model("gemma2"), sd.Greedy()
+    draft_model = like(model, 0.03)
+    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, draft_model))
+    sd.compile_steps(main, {"draft": sd.ModelDraft(draft, sampler)}, sampler, (4,), lambda line: None)
+    of_draft, before = note_steps(draft), len(graphs)
+    for rest, passes in ((1, [2, 1]), (2, [2, 2]), (6, [2, 2, 2, 2]), (12, [])):
+        of_draft.clear()
+        schedule = sd.FixedSchedule(4)
+        asked = iter([True] * 6 + [False] * rest + [True] * 400)
+        schedule.wants_another = lambda confidences, asked=asked: next(asked) and len(confidences) < 4
+        result = speculate(main.limited_to((5,)), draft, PROMPTS[0], schedule, NEW)
+        assert result.token_ids == baseline(model, PROMPTS[0], NEW).token_ids
+        assert counts_of(result)[1 : 1 + rest] == [(0, 0)] * rest and counts_of(result)[1 + rest][0] == 4
+        assert [tokens for _, tokens in of_draft[4 : 4 + len(passes)]] == passes
+    mixed = sd.MixedDraft(sd.NgramDraft(main.device, shortest=2), sd.ModelDraft(draft, sampler))
+    for prompt in (PROMPTS[0] * 3, PROMPTS[3]):
+        result = speculate(main.limited_to((5,)), mixed, prompt, 4, NEW)
+        assert result.token_ids == baseline(model, prompt, NEW).token_ids
+    assert len(graphs) == before
+
+
+def test_a_draft_with_a_state_runs_eagerly_beside_compiled_models(graphs):
+    config = transformers.Mamba2Config(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        num_heads=8,
+        head_dim=8,
+        n_groups=2,
+        chunk_size=8,
+    )
+    torch.manual_seed(0)
+    model, other = make_model("llama"), transformers.AutoModelForCausalLM.from_config(config).eval()
+    settings = sd.Settings(main="m", draft=("state", "ngram"), draft_tokens=(3,), device="cpu")
+    models = sd.Models({}, {"state": 61}, {}, None)
+    main, drafts, sampler = sd.build(settings, {"m": model, "state": other}, models, [CAPACITY])
+    assert type(main) is sd.CompiledModel and type(drafts["state"].model) is sd.RecurrentModel
+    sd.compile_steps(main, drafts, sampler, (3,), lambda line: None)
+    assert {key[:2] for key in main.steps} == {("sample", 1), ("score", 4)}
+    result = speculate(main.limited_to((4,)), drafts["state"], PROMPTS[0], 3, NEW)
+    assert result.token_ids == baseline(model, PROMPTS[0], NEW).token_ids
+
+
+# Linear layers of compiled steps on a CPU.
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["packed", "streamed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_forms_of_a_linear_layer_compute_the_same(monkeypatch, streams, bias, dtype):
+    layer = torch.nn.Linear(40, 24, bias=bias, dtype=dtype).requires_grad_(False)
+    layer.__class__, layer.streams = sd.StepLinear, streams
+    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
+    library, called = torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *inputs: called.append(1) or library(*inputs))
+    for tokens in (1, 5):
+        x = torch.randn(1, tokens, 40, dtype=dtype)
+        expected = library(x, layer.weight, layer.bias)
+        with monkeypatch.context() as compiling:
+            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+            output = layer(x)
+        tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(output, expected, **tolerance)
+    assert len(called) == (1 if dtype == torch.float32 and not streams else 0)  # the library's: one token in float32
+    layer(x)
+    assert called[-1:] == [1]  # as anything that is not compiled
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["packed", "streamed"])
+def test_compiled_steps_in_other_forms_choose_the_same_tokens(monkeypatch, graphs, streams):
+    monkeypatch.setattr(sd, "SMALL_WEIGHT", 0)
+    monkeypatch.setattr(sd, "device_name", lambda device: "AMD EPYC" if streams else "Xeon")
+    model, draft_model, main, draft = compiled_pair(sd.Greedy())
+    assert main.linears and draft.linears and all(layer.streams == streams for layer in main.linears)
+    packed = [sum("packed_linear" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert packed == [0, len(main.linears), 0, 0]  # of the four steps: only the pass over five tokens
+    for prompt in PROMPTS:
+        expected = baseline(model, prompt, NEW).token_ids
+        assert baseline(main, prompt, NEW).token_ids == expected
+        assert speculate(main, draft, prompt, 4, NEW).token_ids == expected
+
+
+def test_only_plain_linear_layers_of_large_models_change(monkeypatch):
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model = make_model("llama")
+    head = model.get_output_embeddings()
+    assert sd.CompiledModel(model, None, None, 64).linears == []  # all of it fits into a processor's caches
+    assert type(head) is torch.nn.Linear
+    monkeypatch.setattr(sd, "SMALL_WEIGHT", 0)
+    head.__class__ = Quantised
+    compiled = sd.CompiledModel(model, None, None, 64)
+    assert type(head) is Quantised and head not in compiled.linears and compiled.linears
+    assert {type(layer) for layer in compiled.linears} == {sd.StepLinear}
 
 
 # What a CUDA graph needs.
@@ -284,7 +385,7 @@ def test_a_model_that_breaks_the_graph_is_not_compiled(graphs):
     sampler = sd.Greedy()
     main = sd.CompiledModel(make_model("opt"), None, None, CAPACITY)
     with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
-        main.compile(sampler.sample, 1, None, 1)
+        main.compile(sampler.sample, 1, None, 1, main.bounds[0])
     assert graphs == []
 
 
@@ -331,14 +432,13 @@ def check_graphs(model, sampler, steps, monkeypatch, bounds=(CAPACITY,)):
         assert copied == [*random, ("torch.int64", (1, tokens))]  # and no weights, and no cache
 
 
-def heads(sampler):
+def steps_of(sampler):
     return (sampler.sample, 1, 1), (sampler.score, 5, 0), (sampler.sample_draft, 2, 1)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama"])
-@pytest.mark.parametrize("sampler", [sd.Greedy(), sd.Sampling(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("family", "sampler"), [("gemma2", sd.Greedy()), ("llama", sd.Sampling(0.8, 5, 0.9))])
 def test_each_step_is_one_cuda_graph_that_copies_nothing_but_tokens(family, sampler, monkeypatch):
-    check_graphs(make_model(family), sampler, heads(sampler), monkeypatch)
+    check_graphs(make_model(family), sampler, steps_of(sampler), monkeypatch)
 
 
 def test_a_step_is_one_cuda_graph_for_each_bound_of_the_same_cache(monkeypatch):
@@ -361,7 +461,7 @@ def test_steps_without_cuda_graphs_are_told(monkeypatch, device, skips, warned):
     monkeypatch.setattr(main, "compile", lambda *step: None)
     monkeypatch.setattr(main, "device", torch.device(device))
     monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skips)
-    sd.compile_steps(main, sd.NgramDraft(main.device), sampler, (4,), announced.append)
+    sd.compile_steps(main, {"ngram": sd.NgramDraft(main.device)}, sampler, (4,), announced.append)
     warning = "warning: no CUDA graphs of 2 steps, which are slow: see TORCH_LOGS=cudagraphs"
     assert announced[2:] == [warning] * warned
 
@@ -397,9 +497,11 @@ def test_drafting_and_verifying_read_nothing_from_the_device(graphs, family, is_
     helper.reset(prompt)
     with OneDevice(), torch.no_grad():
         for text in ([1] * 8, [1] * 10):
-            draft_ids, _ = helper.propose(text, sd.FixedLength(4))
+            draft_ids, _ = helper.propose(text, sd.FixedSchedule(4))
             main.verify(sampler.score, torch.cat([last, draft_ids], dim=1))
             main.roll_back(3), helper.roll_back(3)
         main.step(sampler.sample, last, sampler.uniform(1))
-        with pytest.raises(RuntimeError, match="meta"):  # in automatic mode the host reads
-            helper.propose([1] * 12, sd.AutoLength(CHEAP, longest=4))
+        helper.propose([1] * 12, sd.AutoSchedule(CHEAP, reads=False))
+        helper.roll_back(0)
+        with pytest.raises(RuntimeError, match="meta"):  # token by token, the host reads
+            helper.propose([1] * 20, sd.AutoSchedule(CHEAP, reads=True))

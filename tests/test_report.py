@@ -1,25 +1,20 @@
-"""The report: rows, tables, chart, texts, conclusions, picture and JSON, as they follow from the results."""
+"""The report: the JSON, the tables, the texts and every sentence, as they follow from the results."""
 
+import copy
 import dataclasses
-import io
-import itertools
 import json
 import re
-import xml.etree.ElementTree
 
 import pytest
 import transformers
-from conftest import generation_of
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import ROOT, generation_of
 from rich.console import Console
-from test_command_line import MAIN, QUICK, refused, run, write
 
 import speculative_decoding as sd
 
-
-def console_of(width=120, **options):
-    return Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False, **options)
+MAIN = ROOT / "tests/tiny_gemma2/main"
+HOSTILE = "[red]\x1b[2J\u202e\x07x\u200b[/red]"
+HARMLESS = "[red]�[2J��x�[/red]"
 
 
 @pytest.fixture(scope="module")
@@ -27,208 +22,235 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(MAIN)
 
 
-METHODS = [sd.Method("baseline", None), sd.Method("K = 3", None, 3), sd.Method("K = auto", None, "auto", {"main": 1})]
-METHODS += [sd.Method("generate()", None, library="transformers' generate(), eager")]
+def console_of(width=120, **options):
+    return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
-def outcomes_of(factor=1.0, label="K = 3"):
-    """What the methods did with one prompt: the baseline took factor × 1 s, K = 3 half of it, the others all of it."""
-    tokens, rounds = range(10, 21), [(3, 3, 0.03, 0.1, 0.15), (3, 1, 0.03, 0.1, 0.15), (3, 0, 0.03, 0.1, 0.15)]
-    own, ours = (generation_of(tokens, seconds * factor, 0.01) for seconds in (1.0, 0.5))
-    ours.rounds, ours.log_likelihood = [sd.Round(*one) for one in rounds], -9.0
-    auto = generation_of(tokens, factor, 0.02, [(4, 3, 0.1, 0.2, 0.3)] * 3, -6.0)
-    runs = {"baseline": own, "K = 3": ours, "K = auto": auto, "generate()": generation_of(tokens, factor)}
-    return {label: sd.Outcome([run]) for label, run in runs.items()}
+BASELINE = sd.Method("baseline", None, step_bytes=990_000_000)
+FIXED = sd.Method("K = 3", None, "D", 3)
+AUTO = sd.Method("K = auto", None, "D", "auto", costs=[0.1, 0.2, 0.3])
+GENERATE = sd.Method("generate()", None, library="transformers' generate(), eager")
+ASSISTED = sd.Method("assist 3", None, "D", 3, "transformers' assisted generation, K = 3, eager")
+METHODS = (BASELINE, FIXED, AUTO, GENERATE)
+TOKENS = tuple(range(10, 21))
+ROUNDS = [(3, 3, 0.03, 0.1, 0.15), (3, 1, 0.03, 0.1, 0.15), (3, 0, 0.03, 0.1, 0.15)]
+RUNS = {
+    "baseline": generation_of(TOKENS, 1.0, 0.01),
+    "K = 3": generation_of(TOKENS, 0.5, 0.01, ROUNDS, -9.0),
+    "K = auto": generation_of(TOKENS, 1.0, 0.02, [(4, 3, 0.1, 0.2, 0.3)] * 3, -6.0),
+    "generate()": generation_of(TOKENS, 1.0),
+    "assist 3": generation_of(TOKENS, 0.8),
+}
 
 
-def result_of(number=1, category=None, factor=1.0, text="What?", methods=METHODS):
-    prompt = sd.Question(text, number, category=category, ids=(1, 2, 3))
-    outcomes = outcomes_of(factor)
-    return sd.Result(prompt, {method.label: outcomes[method.label] for method in methods})
+def outcome_of(run, verdict="identical", divergence=None, why=None):
+    return sd.Outcome((run,), "a text", sd.Verdict(verdict, divergence, why))
 
 
-def report_of(results, tokenizer, methods=METHODS, width=120, finish=True):
-    """A finished report of results, and what it printed."""
-    console = console_of(width)
-    report = sd.Report(console, methods, tokenizer)
-    for result in results:
-        report.add(result, show_text=False)
-    if finish:
-        report.finish()
-    json.dumps(report.parts, allow_nan=False)  # whatever it reports
-    return report, console.file.getvalue()
+def result_of(number=1, methods=METHODS, factor=1.0, question=None, **changed):
+    """What the methods did with a prompt, `factor` times as slow; `changed`: outcomes by "fixed", "auto", …"""
+    names = {"baseline": "own", "K = 3": "fixed", "K = auto": "auto", "generate()": "library", "assist 3": "assisted"}
+    outcomes = {}
+    for method in methods:
+        run = RUNS[method.label.rpartition(", ")[2]]
+        first_token_s = run.first_token_s and run.first_token_s * factor
+        run = dataclasses.replace(run, latency_s=run.latency_s * factor, first_token_s=first_token_s)
+        outcomes[method.label] = changed.get(names.get(method.label), outcome_of(run))
+    return sd.Result(question or sd.Question("What?", number, ids=(1, 2, 3)), outcomes)
 
 
-def conclusions_of(results, tokenizer, methods=METHODS[:2]):
-    """The sentences at the end of a report, on one line."""
-    _, printed = report_of(results, tokenizer, methods, width=4000)
-    return printed.rpartition("\n\n")[2]
+def results_of(*prompts, methods=METHODS, memory=None, complete=True, can_compile=True, **settings):
+    given = {"main": "M", "draft": ("D",), "draft_tokens": (3, "auto"), "compile": "off"} | settings
+    environment = {"device": "cpu", "memory_bandwidth_gb_s": memory, "can_compile": can_compile}
+    return sd.Results(environment, sd.Settings(**given), tuple(methods), prompts, complete)
 
 
-# The JSON
-
-BOTH = {"new_tokens", "latency_s", "tokens_per_s", "mean_tokens_per_s", "latency_min_s", "latency_max_s"}
-BOTH |= {"time_to_first_token_s", "time_per_output_token_s", "peak_memory_gb"}
-RATES = {"rounds", "drafted", "accepted", "acceptance_rate", "alpha", "tokens_per_round", "mean_acceptance_length"}
-RATES |= {"acceptance_by_position", "acceptance_histogram", "drafted_per_round", "drafted_histogram", "round_s"}
-RATES |= {"log_likelihood", "log_likelihood_per_token", "prefill_s", "draft_s", "verify_s", "other_s"}
-OUTPUT = BOTH | {"first_token_s", "text", "token_ids"}
-FIGURES = {"speedup_percent", "decode_speedup_percent", "geometric_mean_speedup_percent", "speedup_range_percent"}
-FIGURES |= {"speedup_interval_percent", "predicted_speedup_percent", "ideal_speedup_percent", "baseline_step_s"}
-FIGURES |= {"draft_step_s", "verify_pass_s", "draft_cost", "verify_cost", "identical", "ties", "mismatches"}
-FIGURES |= {"unchecked", "speedup_if_percent", "break_even_alpha", "weight_bandwidth_gb_s"}
+def printed(results, tokenizer=None, width=120, console=None):
+    """All that is printed of results: headings, each prompt, and the report."""
+    console = console or console_of(width, color_system=None)
+    with console.capture() as capture:
+        sd.print_table(console, sd.PROMPT_COLUMNS, "  # prompt", {}, sd.label_width(results.methods))
+        for result in results.prompts:
+            sd.print_prompt(console, results, result, tokenizer)
+        sd.print_report(console, results)
+    json.dumps(sd.to_json(results), allow_nan=False)  # whatever it reports
+    return capture.get()
 
 
-def test_the_json_holds_what_the_design_promises(demo):
-    _, report = demo
-    environment = {"device", "device_name", "dtype", "threads", "processes", "python", "torch", "transformers"}
-    assert set(report) == {"environment", "settings", "runs", "compared", "complete"}
-    assert set(report["environment"]) >= environment and report["complete"] is True
-    assert 0.5 < report["environment"]["memory_bandwidth_gb_s"] < 20_000
-    options = "main draft demo prompts max_new_tokens draft_tokens device dtype repeats warmup ignore_eos json"
-    assert set(report["settings"]) >= {*options.split(), "no_chat_template", "compile", "compile_s", "seed"}
-    fixed, auto = report["runs"]
-    assert fixed["draft_tokens"] == 3 and auto["draft_tokens"] == "auto" and report["compared"] == []
-    assert fixed["costs"] is None and set(auto["costs"]) == {"draft_pass_s", "main_pass_s"}
-    assert list(map(int, auto["costs"]["main_pass_s"])) == [1, 2, 3, 4, 5, 6, 9, 10, 16]
-    for measured in report["runs"]:
-        assert len(measured["prompts"]) == 5 and measured["categories"] == measured["by_length"] == {}
-        for prompt in measured["prompts"]:
-            keys = {"prompt", "prompt_tokens", "number", "turn", "category", "question_id", "error", "divergence"}
-            assert set(prompt) == keys | FIGURES | {"baseline", "speculative"}
-            assert set(prompt["baseline"]) == OUTPUT
-            assert set(prompt["speculative"]) == OUTPUT | RATES | {"rounds_drafted", "rounds_accepted", "rounds_s"}
-            assert prompt["identical"] is True and prompt["divergence"] is prompt["error"] is None
-        summary = measured["summary"]
-        assert set(summary) == {"baseline", "speculative"} | FIGURES
-        assert set(summary["baseline"]) == BOTH and set(summary["speculative"]) == BOTH | RATES
+def sentences(results):
+    """Those at the end of the report, each on a line of its own."""
+    return printed(results, width=4000).rpartition("\n\n")[2].splitlines()
 
 
-def test_the_json_grows_by_prompts_and_has_summaries_at_the_end(tokenizer):
-    results = [result_of(number, category) for number, category in ((1, "a"), (2, "b"), (3, "a"))]
-    report, _ = report_of(results[:2], tokenizer, finish=False)
-    for method in METHODS[1:]:
-        part = report.parts[method.label]
-        assert part["method"] == method.library and part["draft_tokens"] == method.draft_tokens
-        assert part["costs"] == method.costs  # in every run
-        assert [prompt["number"] for prompt in part["prompts"]] == [1, 2]
-        assert part["summary"] is None and part["categories"] == part["by_length"] == {}
-    report.add(results[2], show_text=False)
-    report.finish()
-    for label, part in report.parts.items():
-        role = "compared" if label == "generate()" else "speculative"
-        assert [prompt["number"] for prompt in part["prompts"]] == [1, 2, 3]
-        assert part["summary"]["baseline"]["new_tokens"] == part["summary"][role]["new_tokens"] == 33
-        assert {name: of["baseline"]["new_tokens"] for name, of in part["categories"].items()} == {"a": 22, "b": 11}
+def spoken(prefix, results):
+    """The one sentence that begins so, or None."""
+    found = [line for line in sentences(results) if line.startswith(prefix)]
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
-def test_a_prompt_that_was_not_compared_is_null_and_not_counted(tokenizer):
-    """One whose method failed, and one whose baseline did; what was measured of the rest stays as it is."""
-    results = [result_of(1, "x"), result_of(2, "x"), result_of(3, "y")]
-    results[1].outcomes["K = 3"].error = "CUDA out of memory."
-    results[2].baseline.error = "the disk is gone"
-    report, printed = report_of(results, tokenizer)
-    errors = {label: [prompt["error"] for prompt in part["prompts"]] for label, part in report.parts.items()}
-    gone = "the disk is gone"
-    assert errors == {
-        "K = 3": [None, "CUDA out of memory.", gone],
-        "K = auto": [None, None, gone],
-        "generate()": [None, None, gone],
-    }
-    failed = report.parts["K = 3"]["prompts"][1]
-    assert failed["baseline"] is failed["speculative"] is failed["speedup_percent"] is failed["identical"] is None
-    assert report.parts["generate()"]["prompts"][2]["compared"] is None
-    counted = {label: part["summary"]["identical"] for label, part in report.parts.items()}
-    assert counted == {"K = 3": 1, "K = auto": 2, "generate()": 2}
-    assert {label: list(part["categories"]) for label, part in report.parts.items()} == dict.fromkeys(counted, ["x"])
-    assert "    K = 3: CUDA out of memory.\n    K = auto " in printed and printed.count(f": {gone}\n") == 3
-    assert report.status() == 1
+def changed(label, **fields):
+    """An outcome of one of the runs above with other fields."""
+    return outcome_of(dataclasses.replace(RUNS[label], **fields))
 
 
-def test_nothing_measured_is_a_report_without_figures(tokenizer):
-    result = result_of()
-    result.baseline.error = "CUDA out of memory."
-    report, printed = report_of([result], tokenizer)
-    assert all(part["summary"] is None for part in report.parts.values()) and "times as fast" not in printed
-    with pytest.raises(sd.UsageError, match=r"no prompt could be decoded \(CUDA out of memory\.\)"):
-        report.status()
-
-
-def test_one_token_and_no_round_is_a_report_too(tokenizer):
-    result = result_of(methods=METHODS[:3])
-    for outcome in result.outcomes.values():
-        outcome.runs = [generation_of([7], 1.0, 0.9)]
-    report, printed = report_of([result], tokenizer, METHODS[:3])  # and JSON without NaN
-    assert report.parts["K = 3"]["summary"]["speculative"]["alpha"] is None and report.status() == 0
-    assert re.search(r"^    K = 3 +1 +1\.00 +0\.900 +1\.00 +\+0 % +– +– +– +yes$", printed, re.MULTILINE)
-    assert "Too few tokens to tell how fast it is: raise --max-new-tokens" in printed
-    assert "outputs are the main model's own, token for token." in printed
-
-
-class Interrupted(io.StringIO):
-    """A file whose reader presses Ctrl-C when he sees a row."""
-
-    row = "K = 3"
-
-    def write(self, text):
-        if self.row and self.row in text:
-            self.row = None
-            raise KeyboardInterrupt
-        return super().write(text)
-
-
-def test_an_interrupted_report_counts_what_its_json_has(tokenizer):
-    """Ctrl-C in the middle of a prompt's rows: the report of what is done, and the JSON, agree on how much that is."""
-    console = Console(file=Interrupted(), width=120)
-    report = sd.Report(console, METHODS, tokenizer)
-    with pytest.raises(KeyboardInterrupt):
-        report.add(result_of(), show_text=False)
-    assert {len(part["prompts"]) for part in report.parts.values()} == {len(report.results)}
-
-
-# The exit status
-
-
-def spoiled(**verdict):
-    """A result with something found in the outcome of K = 3."""
-    result = result_of()
-    for key, value in verdict.items():
-        setattr(result.outcomes["K = 3"], key, value)
-    return result
+def failed(why="CUDA out of memory."):
+    return sd.Outcome(error=why)
 
 
 def divergence(kind, gap, at_fault=None, index=16, noise=0.25):
     return sd.Divergence(index, 4, 5, gap, 0.0625, noise, kind, at_fault)
 
 
+def judged_as(kind, gap=0.1, at_fault=None, why=None, label="K = 3", **where):
+    """An outcome of K = 3 with this verdict."""
+    found = divergence(kind, gap, at_fault, **where) if kind in ("tie", "mismatch") else None
+    return outcome_of(RUNS[label], kind, found, why)
+
+
+# The JSON
+
+FIGURES = """prompts new_tokens latency_s tokens_per_s time_to_first_token_s time_per_output_token_s speedup_percent
+decode_speedup_percent speedup_range_percent speedup_interval_percent rounds drafted accepted acceptance_rate alpha
+mean_acceptance_length acceptance_by_position log_likelihood log_likelihood_per_token draft_cost verify_cost
+predicted_speedup_percent ideal_speedup_percent speedup_if_percent break_even_alpha weight_bandwidth_gb_s identical ties
+mismatches unchecked"""
+OF_A_METHOD = "label draft draft_tokens library costs error summary categories"
+OF_A_PROMPT = "number question_id turn category prompt prompt_tokens outcomes"
+OF_AN_OUTCOME = "error figures token_ids text rounds verdict divergence unchecked"
+
+
+def test_the_json_of_a_real_run_holds_what_the_design_promises(demo):
+    _, told = demo
+    assert list(told) == "schema environment settings methods prompts complete".split()
+    assert told["schema"] == 2 and told["complete"] is True
+    about = "device device_name threads processes python torch transformers compiled can_compile compile_s "
+    about += "memory_bandwidth_gb_s"
+    assert set(told["environment"]) == set(about.split()) and told["environment"]["device"] == "cpu"
+    assert 0.5 < told["environment"]["memory_bandwidth_gb_s"] < 20_000
+    assert set(told["settings"]) == {field.name for field in dataclasses.fields(sd.Settings)}
+    assert told["settings"]["demo"] is True and told["settings"]["draft_tokens"] == [3, "auto"]
+    labels = ["baseline", "K = 3", "K = auto"]
+    assert [method["label"] for method in told["methods"]] == labels
+    drafts = [told["settings"]["draft"][0]] * 2
+    assert [method["draft"] for method in told["methods"]] == [None, *drafts]
+    assert [method["draft_tokens"] for method in told["methods"]] == [None, 3, "auto"]
+    for method in told["methods"]:
+        assert set(method) == set(OF_A_METHOD.split()) and set(method["summary"]) == set(FIGURES.split())
+        assert method["error"] is method["library"] is None and method["categories"] == {}
+    costs = told["methods"][2]["costs"]
+    assert told["methods"][0]["costs"] is told["methods"][1]["costs"] is None
+    assert len(costs) > max(max(prompt["outcomes"]["K = auto"]["rounds"]["drafted"]) for prompt in told["prompts"])
+    assert min(costs) > 0  # the seconds of a round of 0, 1, … draft tokens
+    assert [prompt["number"] for prompt in told["prompts"]] == [1, 2, 3, 4, 5]
+    for prompt in told["prompts"]:
+        assert set(prompt) == set(OF_A_PROMPT.split()) and list(prompt["outcomes"]) == labels
+        assert prompt["prompt_tokens"] > 3 and prompt["turn"] is prompt["category"] is prompt["question_id"] is None
+        for label, outcome in prompt["outcomes"].items():
+            assert set(outcome) == set(OF_AN_OUTCOME.split()) and set(outcome["figures"]) == set(FIGURES.split())
+            assert outcome["verdict"] == "identical" and outcome["divergence"] is outcome["error"] is None
+            assert len(outcome["token_ids"]) == outcome["figures"]["new_tokens"] and outcome["text"]
+            counts = [len(outcome["rounds"][name]) for name in ("drafted", "accepted", "seconds")]
+            assert set(counts) == {outcome["figures"]["rounds"] or 0} and (label == "baseline") is (counts[0] == 0)
+
+
+def test_the_json_says_what_each_method_did():
+    tie = divergence("tie", 0.125)
+    question = sd.Question("Who?", 7, 2, (1, 2), category="c", question_id="q")
+    half = sd.Outcome((RUNS["K = auto"],), "a text", None, "CUDA out of memory.")
+    first = result_of(question=question, fixed=outcome_of(RUNS["K = 3"], "tie", tie), auto=half)
+    (prompt,) = sd.to_json(results_of(first))["prompts"]
+    about = {"number": 7, "question_id": "q", "turn": 2, "category": "c", "prompt": "Who?", "prompt_tokens": 2}
+    assert {key: value for key, value in prompt.items() if key != "outcomes"} == about
+    told = prompt["outcomes"]["K = 3"]
+    assert told["verdict"] == "tie" and told["divergence"] == dataclasses.asdict(tie) and told["text"] == "a text"
+    assert told["token_ids"] == TOKENS and told["rounds"] == {
+        "drafted": [3, 3, 3],
+        "accepted": [3, 1, 0],
+        "seconds": [0.15, 0.15, 0.15],
+    }
+    told = prompt["outcomes"]["K = auto"]  # what a method did before it failed is there; it has no figures
+    assert (told["error"], told["figures"], told["verdict"]) == ("CUDA out of memory.", None, None)
+    assert told["token_ids"] == TOKENS and told["rounds"]["drafted"] == [4, 4, 4]
+
+
+def test_the_json_of_a_prompt_that_failed_is_null_and_not_counted():
+    """One whose method failed, and one whose baseline did; what was measured of the rest stays as it is."""
+    last = result_of(3, own=failed("the disk is gone"), fixed=judged_as("unchecked", why="no baseline"))
+    told = sd.to_json(results_of(result_of(1), result_of(2, fixed=failed()), last))
+    outcomes = [prompt["outcomes"] for prompt in told["prompts"]]
+    assert [each["K = 3"]["error"] for each in outcomes] == [None, "CUDA out of memory.", None]
+    assert [each["baseline"]["error"] for each in outcomes] == [None, None, "the disk is gone"]
+    assert {key for key, value in outcomes[1]["K = 3"].items() if value is not None} == {"error"}
+    assert outcomes[2]["K = 3"]["figures"]["speedup_percent"] is None
+    assert (outcomes[2]["K = 3"]["verdict"], outcomes[2]["K = 3"]["unchecked"]) == ("unchecked", "no baseline")
+    assert [method["summary"]["prompts"] for method in told["methods"]] == [2, 2, 3, 3]
+    assert [method["summary"]["identical"] for method in told["methods"]] == [2, 1, 3, 3]
+    gone = sd.to_json(results_of(result_of(1, fixed=failed())))
+    assert [method["summary"] is None for method in gone["methods"]] == [False, True, False, False]
+
+
+def test_the_json_is_a_pure_function_of_the_results():
+    results = results_of(result_of(1), result_of(2, fixed=judged_as("mismatch", 3.0, "both")), memory=18.0)
+    before = copy.deepcopy(results)
+    told = json.dumps(sd.to_json(results), allow_nan=False)
+    printed(results)
+    assert results == before and json.dumps(sd.to_json(results), allow_nan=False) == told
+    other = dataclasses.replace(results, prompts=results.prompts[:1], complete=False)
+    told = sd.to_json(other)
+    assert told["complete"] is False and len(told["prompts"]) == 1
+    assert told["methods"][1]["summary"]["new_tokens"] == 11  # of what there is
+
+
+def test_categories_have_figures_of_their_own():
+    kinds = {1: "a", 2: "b", 3: "a", 4: None}
+    prompts = [
+        result_of(question=sd.Question("?", number, ids=(1,), category=kind), factor=number)
+        for number, kind in kinds.items()
+    ]
+    for place in (1, 2):
+        prompts[place].outcomes["K = auto"] = failed()
+    told = sd.to_json(results_of(*prompts))["methods"]
+    tokens = [{kind: row["new_tokens"] for kind, row in method["categories"].items()} for method in told]
+    assert tokens == [{"a": 22, "b": 11}, {"a": 22, "b": 11}, {"a": 11}, {"a": 22, "b": 11}]
+    assert told[0]["categories"]["a"]["latency_s"] == pytest.approx(2.0)
+
+
+# The exit status
+
+
 @pytest.mark.parametrize(
-    ("verdict", "status"),
+    ("fixed", "status"),
     [
-        ({}, 0),
-        ({"divergence": divergence("tie", 0.125)}, 0),
-        ({"divergence": divergence("mismatch", 3.0, "speculative")}, 1),
-        ({"unchecked": "CUDA out of memory."}, 1),
-        ({"unchecked": sd.SAMPLED}, 0),
-        ({"error": "CUDA out of memory."}, 1),
+        (outcome_of(RUNS["K = 3"]), 0),
+        (judged_as("tie"), 0),
+        (judged_as("sampled"), 0),
+        (judged_as("mismatch", 3.0, "speculative"), 1),
+        (judged_as("unchecked", why="CUDA out of memory."), 1),
+        (failed(), 1),
     ],
-    ids=["all well", "tie", "mismatch", "unchecked", "sampled", "failed"],
+    ids=["all well", "tie", "sampled", "mismatch", "unchecked", "failed"],
 )
-def test_the_exit_status(verdict, status, tokenizer):
-    report, _ = report_of([result_of(), spoiled(**verdict)], tokenizer)
-    assert report.status() == status
+def test_the_exit_status(fixed, status):
+    assert sd.exit_status(results_of(result_of(1), result_of(2, fixed=fixed))) == status
 
 
-def test_what_the_library_cannot_do_is_no_failure_of_ours(tokenizer):
-    result = result_of()
-    result.outcomes["generate()"].error = "the library refuses"
-    report, printed = report_of([result], tokenizer)
-    assert report.status() == 0 and "    generate(): the library refuses\n" in printed
+def test_the_exit_status_where_the_baseline_or_the_library_fails():
+    assert sd.exit_status(results_of(result_of(1, own=failed()))) == 1
+    assert sd.exit_status(results_of(result_of(1, own=judged_as("mismatch", 1.0, "both", label="baseline")))) == 1
+    for library in (failed("the library refuses"), judged_as("mismatch", 9.0, "speculative", label="generate()")):
+        results = results_of(result_of(1, library=library))
+        assert sd.exit_status(results) == 0  # no failure of ours, and still told
+        assert not library.error or "    generate(): the library refuses\n" in printed(results)
+    nothing = results_of(result_of(1, own=failed(), fixed=failed("worse"), auto=failed()))
+    with pytest.raises(sd.UsageError, match=r"no prompt could be decoded \(CUDA out of memory\.\)"):
+        sd.exit_status(nothing)
 
 
-# Rows and tables
+# Tables
 
 
-def test_figures():
+def test_numbers():
     values = {
         0.01234: "0.012",
         0.5: "0.500",
@@ -238,188 +260,196 @@ def test_figures():
         -7.654: "-7.65",
         0: "0.000",
     }
-    assert {value: sd.number(value) for value in values} == values
-    assert sd.number(None) == sd.percent(None) == "–" == str(sd.gain(None))
-    assert (sd.percent(12.4, "+"), sd.percent(-12.6, "+"), sd.percent(71.9)) == ("+12 %", "-13 %", "72 %")
-    assert sd.percent(0.719, whole=1) == sd.percent(1.438, whole=2) == "72 %"
+    assert {value: sd.three_digits(value) for value in values} == values
+    assert sd.three_digits(None) == sd.percent(None) == sd.share(None) == "–" == str(sd.gain(None))
+    assert (sd.percent(12.4, "+"), sd.percent(-12.6, "+"), sd.percent(71.9), sd.share(0.719)) == (
+        "+12 %",
+        "-13 %",
+        "72 %",
+        "72 %",
+    )
     assert (sd.gain(3.0).style, sd.gain(-3.0).style) == ("green", "red")
     assert (sd.counted(1, "layer"), sd.counted(2048, "layer")) == ("1 layer", "2,048 layers")
 
 
-WIDE = generation_of(range(99999), 12345.6, 1234.5, [(3, 3, 1.0, 2.0, 4.0)] * 25000, -12.345 * 75000)
+def test_the_rows_of_prompts_and_their_mean():
+    first = result_of(question=sd.Question("first\n\x1b[2J  line", 1, ids=(1,)))
+    lines = [line.rstrip() for line in printed(results_of(first, result_of(2, factor=2.0))).splitlines()]
+    assert lines[0].split() == "# prompt tokens s TTFT tok/s faster accept length log-l. same".split()
+    assert lines[1] == "  1 first �[2J line" and lines[6] == "  2 What?" and lines[11] == "    mean"
+    expected = {
+        2: "baseline | 11 1.00 0.010 11.0 – – – – yes",
+        3: "K = 3 | 11 0.500 0.010 22.0 +100 % 44 % 3.33 -1.00 yes",
+        4: "K = auto | 11 1.00 0.020 11.0 +0 % 75 % 3.33 -0.500 yes",
+        5: "generate() | 11 1.00 – 11.0 +0 % – – – yes",
+        12: "baseline | 11 1.50 0.015 7.33 – – – – 2/2",
+        13: "K = 3 | 11 0.750 0.015 14.7 +100 % 44 % 3.33 -1.00 2/2",
+        14: "K = auto | 11 1.50 0.030 7.33 +0 % 75 % 3.33 -0.500 2/2",
+        15: "generate() | 11 1.50 – 7.33 +0 % – – – 2/2",
+    }
+    for place, row in expected.items():
+        label, _, cells = row.partition(" | ")
+        assert lines[place].startswith(f"    {label} ") and lines[place].split() == [*label.split(), *cells.split()]
+        assert len(lines[place]) == len(lines[0])  # they end where their headings do
+    assert printed(results_of(result_of(1))).count("    mean\n") == 0
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_the_table_fits_the_terminal(width, tokenizer):
-    """The widest figures: none is cut, and they end at the right edge."""
-    slow = generation_of(range(99999), 12345.6, 1234.5)
-    slow.latency_s = 12345.6 * 13.345
-    outcomes = {"baseline": sd.Outcome([slow]), "K = 3": sd.Outcome([WIDE])}
-    result = sd.Result(sd.Question("A prompt of some length that must be cut " * 9, 123), outcomes)
-    console = console_of(width, color_system=None)
-    sd.print_row(console, sd.COLUMNS, "  # prompt", None)
-    rows = {"K = 3": sd.Comparison([result], METHODS[1])}
-    sd.print_prompt(console, f"123 {result.prompt.text}", rows)
-    headings, title, own, ours = console.file.getvalue().splitlines()
-    assert headings.endswith("tokens      s   TTFT  tok/s  faster accept length log-l.    same")
-    assert len(title) == width and title.startswith("123 A prompt of some length") and title.endswith("…")
-    assert own.startswith("    baseline ") and ours.startswith("    K = 3 ")
-    assert own.rstrip().endswith(" 99999 164752   1234  0.607") and len(own) == width
-    assert ours.endswith(" 99999  12346   1234   8.10 +1234 %  100 %   4.00  -12.3     yes") and len(ours) == width
-
-
-@pytest.mark.parametrize("columns", [sd.COLUMNS, sd.SUMMARY_COLUMNS], ids=["prompts", "summary"])
-@pytest.mark.parametrize("label", ["    baseline", "    K = auto", "    generate()", "    assist 100"])
-def test_no_width_cuts_a_label_or_a_figure(columns, label):
-    """On terminals of 30 to 120 columns: a table where there is room for it, else a list."""
-    own, ours = outcomes_of()["baseline"], outcomes_of()["K = 3"]
-    result = sd.Result(sd.Question("?", 1), {"baseline": own, "K = 3": ours})
-    figures = sd.row_of(sd.Comparison([result], METHODS[1]))
-    shown = [column.show(figures[column.key]) for column in columns]
-    for width in range(30, 121):
-        console = console_of(width, color_system=None)
-        sd.print_row(console, columns, label, figures)
-        lines = console.file.getvalue().splitlines()
-        printed = " ".join(" ".join(lines).split())
-        assert max(map(len, lines)) <= width and printed.startswith(label.strip()), width
-        assert all(f" {cell}" in printed for cell in shown), width
-        console = console_of(width, color_system=None)
-        sd.print_row(console, columns, "  # prompt", None)
-        assert max(map(len, console.file.getvalue().splitlines())) <= width
-
-
-def test_the_rows_of_a_prompt_and_of_all(tokenizer):
-    _, printed = report_of([result_of(1, text="first\n\x1b[2J  line"), result_of(2, factor=2.0)], tokenizer)
-    lines = [line.rstrip() for line in printed.splitlines()]
-    assert lines[0] == "" and lines[1].startswith("  # prompt ") and lines[1].endswith(" same")
-    row = r"    {} +11 +{} +{} +{}"
-    step = r" +{} +{} +{} +{} +{}"
-    assert lines[2] == "  1 first �[2J line"
-    assert re.fullmatch(row.format("baseline", "1.00", "0.010", "11.0"), lines[3])
-    cells = step.format(r"\+100 %", "44 %", "2.33", "-1.00", "yes")
-    assert re.fullmatch(row.format("K = 3", "0.500", "0.010", "22.0") + cells, lines[4])
-    cells = step.format(r"\+0 %", "75 %", "4.00", "-0.500", "yes")
-    assert re.fullmatch(row.format("K = auto", "1.00", "0.020", "11.0") + cells, lines[5])
-    cells = r" +\+0 % +yes"  # what it does not tell stays empty, or is a dash
-    assert re.fullmatch(row.format(r"generate\(\)", "1.00", "–", "11.0") + cells, lines[6])
-    assert lines[7] == "  2 What?" and lines[12] == "    mean"
-    assert re.fullmatch(row.format("baseline", "1.50", "0.010", "7.33"), lines[13])
-    cells = step.format(r"\+100 %", "44 %", "2.33", "-1.00", "2/2")
-    assert re.fullmatch(row.format("K = 3", "0.750", "0.010", "14.7") + cells, lines[14])
+def test_methods_by_speed_and_the_best_by_category():
+    kinds = ["[bold]a\x1b[2J", "b", "b"]
+    factors = [1.0, 3.0, 3.0]
+    prompts = [
+        result_of(question=sd.Question("?", number, ids=(1,), category=kind), factor=factor)
+        for number, (kind, factor) in enumerate(zip(kinds, factors, strict=True), 1)
+    ]
+    lines = printed(results_of(*prompts)).splitlines()
+    headings = "tok/s faster decode predicted length α c v".split()
+    table = lines[lines.index(next(line for line in lines if line.startswith("By speed"))) :]
+    assert table[0].split() == ["By", "speed", *headings] and table[3].split() == []
+    # α = 4 / 6; a baseline step of (0.99 + 2.97 + 2.97) / 30 s; c = 0.01 and v = 0.1 s; decoding of 6.93 and 3.43 s.
+    step_s, alpha = 6.93 / 30, 4 / 6
+    c, v = 0.01 / step_s, 0.1 / step_s
+    predicted = 100 * ((1 - alpha**4) / ((1 - alpha) * (3 * c + v)) - 1)
+    cells = ["9.43", "+100", "%", f"{100 * (6.93 / 3.43 - 1):+.0f}", "%", f"{predicted:+.0f}", "%", "3.33", "0.667"]
+    assert table[1].split() == ["K", "=", "3", *cells, f"{c:.3f}", f"{v:.3f}"]
+    assert table[2].startswith("  K = auto ") and table[2].split()[3:8] == "4.71 +0 % +1 %".split()
+    assert table[2].split()[8:] == ["–", "3.33", "0.750", f"{0.025 / step_s:.3f}", f"{0.2 / step_s:.3f}"]
+    table = table[4:]
+    assert table[0].split() == ["By", "category", *headings]
+    assert table[1].startswith("  [bold]a�[2J ") and table[2].startswith("  b ")
+    assert [row.removeprefix("  [bold]a�[2J").split()[0] for row in table[1:2]] == ["22.0"]  # of K = 3, the fastest
+    assert table[2].split()[1] == "7.33" and table[3] == ""
 
 
 @pytest.mark.parametrize(
-    ("verdict", "word"),
+    ("fixed", "word", "style"),
     [
-        ({}, "yes"),
-        ({"divergence": divergence("tie", 0.1)}, "tie"),
-        ({"divergence": divergence("mismatch", 9.0, "both")}, "NO"),
-        ({"unchecked": "CUDA out of memory."}, "?"),
-        ({"unchecked": sd.SAMPLED}, "sampled"),
+        (outcome_of(RUNS["K = 3"]), "yes", "green"),
+        (judged_as("tie"), "tie", "yellow"),
+        (judged_as("mismatch", 9.0, "both"), "NO", "bold red"),
+        (judged_as("unchecked", why="CUDA out of memory."), "?", "bold red"),
+        (judged_as("sampled"), "sampled", ""),
     ],
 )
-def test_whether_a_text_is_the_same_is_one_word(verdict, word):
-    row = sd.row_of(sd.Comparison([spoiled(**verdict)], METHODS[1]))
-    assert str(sd.Text.from_markup(row["same"])) == word
+def test_whether_a_text_is_the_same_is_one_word(fixed, word, style):
+    shown = sd.verdict(sd.figures_of((result_of(fixed=fixed),), FIXED).verdict)
+    assert (str(shown), shown.style) == (word, style)
 
 
-def test_draft_lengths_and_categories_are_compared(tokenizer):
-    results = [result_of(1, "[bold]a\x1b[2J"), result_of(2, "b", 3.0), result_of(3, "b", 3.0)]
-    _, printed = report_of(results, tokenizer)
-    headings = r" +tok/s +faster +decode +predicted +length +α +c +v"
-    table = re.search(rf"^By category, K = 3{headings}\n((?:  .*\n)+)\n", printed, re.MULTILINE)[1].splitlines()
-    assert [re.split(" {2,}", line.strip())[0] for line in table] == ["[bold]a�[2J", "b", "all prompts"]
-    assert [re.split(" {2,}", line.strip())[1] for line in (table[0], table[2])] == ["22.0", "9.43"]
-    table = re.search(rf"^By draft length{headings}\n((?:  .*\n)+)\n", printed, re.MULTILINE)[1].splitlines()
-    assert [re.split(" {2,}", line.strip())[0] for line in table] == ["K = 3", "K = auto"]  # ours
-    # α = 4 / 6; a baseline step of (0.99 + 2.99 + 2.99) / 30 s; c = 0.01 and v = 0.1 s; decoding, of 6.97 and 3.47 s.
-    step_s, alpha = 6.97 / 30, 4 / 6
-    c, v = 0.01 / step_s, 0.1 / step_s
-    predicted = 100 * ((1 - alpha**4) / ((1 - alpha) * (3 * c + v)) - 1)
-    expected = ["9.43", "+100 %", sd.percent(100 * (6.97 / 3.47 - 1), "+"), sd.percent(predicted, "+"), "2.33", "0.667"]
-    assert table[0].split() == " ".join(["K = 3", *expected, sd.number(c), sd.number(v)]).split()
-    assert re.split(" {2,}", table[1].strip())[4] == "–"  # with auto there is no one K, and no prediction
+def test_a_method_that_failed_is_a_line_that_says_why():
+    lines = printed(results_of(result_of(1, fixed=failed("first \x1b line"), auto=failed()), result_of(2))).splitlines()
+    at = lines.index("    K = 3: first � line")
+    assert lines[at + 1] == "    K = auto: CUDA out of memory." and lines[at + 2] == "  2 What?"
+    assert lines[at - 2].startswith("    baseline ") and lines[at - 1].startswith("    generate() ")
 
 
-def of_length(tokens, factor):
-    result = result_of(tokens, factor=factor)
-    result.prompt = dataclasses.replace(result.prompt, ids=tuple(range(tokens)))
-    return result
+HEADINGS = "tokens s TTFT tok/s faster accept length log-l. same".split()
+SUMMARY = "tok/s faster decode predicted length α c v".split()
+WIDEST = dict.fromkeys(
+    ["K = 3"], generation_of(range(99999), 12345.6, 1234.5, [(3, 3, 1.0, 2.0, 4.0)] * 25000, -9.26e5)
+)
 
 
-def test_prompts_of_very_different_lengths_are_compared(tokenizer):
-    """Thirds of 10 to 79 tokens on a log scale: from 10, 20 and 40 tokens on."""
-    results = [of_length(tokens, factor) for tokens, factor in ((79, 4.0), (20, 2.0), (10, 1.0), (19, 1.0), (40, 4.0))]
-    report, printed = report_of(results, tokenizer, width=80)
-    part = report.parts["K = 3"]["by_length"]
-    assert list(part) == ["10 to 19 tokens", "20 to 39 tokens", "40 to 79 tokens"]
-    assert [of["baseline"]["new_tokens"] for of in part.values()] == [22, 11, 22]
-    assert part["10 to 19 tokens"] == sd.Comparison(results[2:4], METHODS[1]).json
-    assert report.parts["generate()"]["by_length"].keys() == part.keys()
-    headings = r" +tok/s +faster +decode +predicted +length +α +c +v"
-    table = re.search(rf"^By prompt, K = 3{headings}\n((?:  .*\n)+)\n", printed, re.MULTILINE)[1].splitlines()
-    cells = [re.split(" {2,}", line.strip())[:2] for line in table]
-    assert cells == [[*part][:1] + ["22.0"], [*part][1:2] + ["11.0"], [*part][2:] + ["5.50"], ["all prompts", "9.17"]]
-    results[3].outcomes["K = 3"].error = results[1].baseline.error = "CUDA out of memory."
-    report, _ = report_of(results, tokenizer)  # a group without results is left out, a failure is in no group
-    part = report.parts["K = 3"]["by_length"]
-    assert {name: of["baseline"]["new_tokens"] for name, of in part.items()} == {
-        "10 to 19 tokens": 11,
-        "40 to 79 tokens": 22,
-    }
+@pytest.mark.parametrize(
+    ("width", "left_out", "left_out_below"),
+    [
+        (160, [], []),
+        (100, [], []),
+        (80, [], []),
+        (78, ["TTFT"], []),
+        (66, ["TTFT", "log-l."], ["predicted"]),
+        (60, ["TTFT", "log-l.", "length"], ["predicted", "decode"]),
+    ],
+)
+def test_columns_are_left_out_in_order_and_no_figure_is_cut(width, left_out, left_out_below):
+    """The widest figures, on terminals of several widths."""
+    slow = dataclasses.replace(WIDEST["K = 3"], latency_s=12345.6 * 13.345, rounds=(), log_likelihood=0.0)
+    methods = (BASELINE, FIXED)
+    question = sd.Question("A prompt of some length that must be cut " * 9, 123, ids=(1,))
+    result = result_of(methods=methods, question=question, own=outcome_of(slow), fixed=outcome_of(WIDEST["K = 3"]))
+    results = results_of(result, methods=methods)
+    lines = printed(results, width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    cells = {"tokens": "99999", "s": "12346", "TTFT": "1234", "tok/s": "8.10", "faster": "+1234 %"}
+    cells |= {"accept": "100 %", "length": "4.00", "log-l.": "-12.3", "same": "yes"}
+    baseline = {"tokens": "99999", "s": "164752", "TTFT": "1234", "tok/s": "0.607"} | dict.fromkeys(HEADINGS[4:8], "–")
+    shown = [heading for heading in HEADINGS if heading not in left_out]
+    assert lines[0].split() == ["#", "prompt", *shown]
+    assert lines[1].startswith("123 A prompt of some length") and lines[1].endswith("…") and len(lines[1]) == width
+    assert lines[2].split() == ["baseline", *((baseline | {"same": "yes"})[heading] for heading in shown)]
+    assert lines[3].split() == ["K", "=", "3", *" ".join(cells[heading] for heading in shown).split()]
+    assert len({len(line.rstrip()) for line in (lines[0], *lines[2:4])}) == 1
+    summary = [heading for heading in SUMMARY if heading not in left_out_below]
+    at = next(place for place, line in enumerate(lines) if line.startswith("By speed"))
+    assert lines[at].split() == ["By", "speed", *summary]
+    step_s = (12345.6 * 13.345 - 1234.5) / 99998
+    cells = {"tok/s": "8.10", "faster": "+1234 %", "length": "4.00", "α": "1.00", "c": f"{1 / 3 / step_s:.3f}"}
+    cells |= {"v": sd.three_digits(2 / step_s), "decode": f"{100 * (step_s * 99998 / (12345.6 - 1234.5) - 1):+.0f} %"}
+    cells["predicted"] = f"{100 * (4 / (1 / step_s + 2 / step_s) - 1):+.0f} %"
+    assert lines[at + 1].split() == ["K", "=", "3", *" ".join(cells[heading] for heading in summary).split()]
 
 
-def test_prompts_of_similar_lengths_are_not_told_apart(tokenizer):
-    for tokens, groups in ((39, 0), (40, 2)):
-        report, printed = report_of([of_length(10, 1.0), of_length(tokens, 1.0)], tokenizer)
-        assert len(report.parts["K = 3"]["by_length"]) == groups and ("By prompt" in printed) is bool(groups)
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize("draft", ["2b-it, ", "ngram+a-draft-with-a-long-name, "])
+def test_long_labels_push_columns_out_and_cut_no_figure(width, draft):
+    methods = [BASELINE, *(dataclasses.replace(method, label=draft + method.label) for method in (FIXED, AUTO))]
+    prompts = [result_of(number, methods, question=sd.Question("?", number, ids=(1,))) for number in (1, 2)]
+    lines = printed(results_of(*prompts, methods=methods), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    shown = lines[0].split()[2:]
+    assert shown == [heading for heading in HEADINGS if heading in shown]  # in their order
+    order = [heading for heading in sd.LEFT_OUT_FIRST if heading in HEADINGS]
+    assert [heading for heading in order if heading not in shown] == order[: len(HEADINGS) - len(shown)]
+    cells = {"tokens": "11", "s": "0.500", "TTFT": "0.010", "tok/s": "22.0", "faster": "+100 %", "accept": "44 %"}
+    cells |= {"length": "3.33", "log-l.": "-1.00", "same": "yes"}
+    assert lines[3].startswith(f"    {draft[:12]}")  # a label may be cut
+    expected = " ".join(cells[heading] for heading in shown).split()
+    assert lines[3].split()[-len(expected) :] == expected
 
 
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
-def test_each_prompt_is_in_the_group_of_its_length(lengths):
-    results = [sd.Result(sd.Question("?", 1, ids=(1,) * tokens), {}) for tokens in lengths]
-    groups = sd.group_by_length(results)
-    assert bool(groups) is (max(lengths) >= 4 * min(lengths)) and len(groups) <= 3
-    for name, group in groups.items():
-        low, high = map(int, re.fullmatch(r"(\d+) to (\d+) tokens", name).groups())
-        assert group and all(low <= len(one.prompt.ids) <= high for one in group)
-    assert sum(map(len, groups.values())) == (len(results) if groups else 0)
+def test_as_many_prompts_as_a_file_can_have_are_counted_uncut():
+    """The last column, of which nothing may be cut: with 1,000 prompts "999/1000" are the same."""
+    row = dataclasses.replace(sd.figures_of((result_of(),), FIXED), prompts=1000, identical=999, new_tokens=11000)
+    console = console_of(120, color_system=None)
+    with console.capture() as capture:
+        sd.print_table(console, sd.PROMPT_COLUMNS, "", {"    K = 3": row}, 14)
+    assert capture.get().rstrip().endswith(" 999/1000")
 
 
-def test_a_chart_shows_values_by_the_length_of_bars():
-    console = console_of(64, color_system=None)
-    sd.print_chart(console, "Title", [("one", 1.0), ("none", None), ("half", 0.5), ("little", 0.0001)], sd.number)
-    title, *lines, last = console.file.getvalue().splitlines()
-    assert title == "Title" and last == "" and [line.split()[0] for line in lines] == ["one", "half", "little"]
-    bars = [line.count("█") for line in lines]
-    assert bars[:2] == [40, 20] and bars[2] <= 1 and lines[1].endswith("█ 0.500")
-    for nothing in ([], [("none", None)], [("zero", 0.0)]):
-        console = console_of()
-        sd.print_chart(console, "Title", nothing, sd.number)
-        assert console.file.getvalue() == ""
+def test_a_long_category_gives_way_to_its_figures():
+    questions = [sd.Question("?", number, ids=(1,), category=kind) for number, kind in ((1, "c" * 100), (2, "short"))]
+    text = printed(results_of(*(result_of(question=question) for question in questions)), width=80)
+    table = text[text.index("By category") :].splitlines()[1:3]
+    assert table[0].startswith("  ccc") and table[0].split()[0].endswith("…")
+    assert table[0].split()[1:] == table[1].split()[1:] and max(map(len, text.splitlines())) <= 80
 
 
-def test_the_charts_show_what_was_measured_and_predicted(tokenizer):
-    _, printed = report_of([result_of()], tokenizer)
-    chart = printed.partition("Times as fast as the baseline\n")[2].partition("\n\n")[0].splitlines()
-    assert [line.partition("█")[0].rstrip() for line in chart] == ["  K = 3", "    predicted", "  K = auto"]
-    values = [line.split()[-2] for line in chart]
-    assert values[0] == "2.00" and values[2] == "1.00" and all(line.endswith(" ×") for line in chart)
-    bars, factors = [line.count("█") for line in chart], list(map(float, values))
-    for (one, value), (other, another) in itertools.combinations(zip(bars, factors, strict=True), 2):
-        assert one / other == pytest.approx(value / another, rel=0.05)
-    joint = printed.partition("by position in a round (K = 3)\n")[2].partition("\n\n")[0].splitlines()
-    assert [re.split(" █+ ", line) for line in joint] == [
-        [f"  token {place:<5}", value] for place, value in ((1, "67 %"), (2, "33 %"), (3, "33 %"))
-    ]
+# Hostile text
+
+
+def test_text_from_outside_is_made_safe(tokenizer):
+    """In prompts, categories, ids, errors and outputs: no escapes, no overrides, no markup that is obeyed."""
+    assert sd.safe(f"{HOSTILE}\n") == f"{HARMLESS}\n" and sd.plain(f" {HOSTILE}\n  y ") == f"{HARMLESS} y"
+    question = sd.Question(f"{HOSTILE} :smile: ?", 1, 1, (1,), category=HOSTILE, question_id=HOSTILE)
+    first = result_of(question=question, fixed=judged_as("tie"), auto=failed(HOSTILE))
+    ids = tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
+    run = generation_of(ids, 0.5, 0.1, [(len(ids) - 1, len(ids) - 1, 0.1, 0.1, 0.2)])
+    second = result_of(2, fixed=outcome_of(run), question=sd.Question("?", 2, ids=(1,)))
+    text = printed(results_of(first, second, show_text=True), tokenizer)
+    assert not set(text) & {"\x1b", "\u202e", "\x07", "\u200b"}
+    lines = text.splitlines()
+    assert lines[1] == f"{HARMLESS}.1 {HARMLESS} :smile: ?"
+    assert f"    K = auto: {HARMLESS}" in lines and HARMLESS in lines
+    assert any(line.startswith("  [red]�[2J") for line in lines[lines.index("    mean") :])  # the category
+    assert f"The largest: prompt {HARMLESS}.1, K = 3, new token 17" in " ".join(lines)
 
 
 # The texts
 
 
 def shown(run, console, tokenizer):
-    sd.print_text(console, tokenizer, run)
-    return console.file.getvalue()
+    with console.capture() as capture:
+        sd.print_text(console, tokenizer, run)
+    return capture.get()
 
 
 def test_show_text_says_where_each_token_comes_from(tokenizer):
@@ -429,189 +459,317 @@ def test_show_text_says_where_each_token_comes_from(tokenizer):
     rounds = [(2, 1), (2, 2), (0, 0)]  # first; draft, correction; draft, draft, bonus; its own; …
     run = generation_of(ids[:7], rounds=[*rounds, (1, 1)])
     marked = [pieces[0], pieces[1], f"«{pieces[2]}»", pieces[3], pieces[4], f"‹{pieces[5]}›", *pieces[6:7]]
-    assert shown(run, console_of(100), tokenizer).startswith("".join(marked))
+    text = shown(run, console_of(200), tokenizer)
+    assert text.partition("\n")[0] == "".join(marked)
+    legend = (
+        "accepted draft token",
+        "«the main model's own, after a rejection»",
+        "‹its bonus token›",
+        "its own, nothing drafted",
+    )
+    assert re.split(" {2,}", text.partition("\n")[2].strip()) == [*legend]
     coloured = console_of(100, force_terminal=True, color_system="standard", no_color=False)
-    assert f"\x1b[32m{pieces[1]}\x1b[0m\x1b[1;31m{pieces[2]}\x1b[0m" in shown(run, coloured, tokenizer)
+    text = shown(run, coloured, tokenizer)
+    assert f"\x1b[32m{pieces[1]}\x1b[0m\x1b[1;31m{pieces[2]}\x1b[0m" in text and f"\x1b[36m{pieces[5]}\x1b[0m" in text
+    assert "«" not in text and text.startswith(pieces[0])
 
 
-def test_show_text_with_characters_of_several_tokens_and_hostile_ones(tokenizer):
-    text = "é日\x1b[2J\u202e\x07[red]x[/red]\n"
+def test_show_text_with_characters_of_several_tokens(tokenizer):
+    text = "é日本\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > len(text)  # in bytes
-    printed = shown(generation_of(ids, rounds=[(len(ids) - 1, len(ids) - 1)]), console_of(100), tokenizer)
-    assert printed.startswith("é日�[2J��[red]x[/red]\n") and "\x1b" not in printed
+    run = generation_of(ids, rounds=[(len(ids) - 1, len(ids) - 1)])
+    assert shown(run, console_of(100), tokenizer).startswith("é日本\n")
+    half = generation_of(ids[:1], rounds=[])  # the text may end within one: a sign says so
+    assert shown(half, console_of(100), tokenizer).startswith("�\n")
 
 
 def test_the_texts_of_our_methods_are_shown_below_their_prompt(tokenizer):
-    console = console_of()
-    report = sd.Report(console, METHODS, tokenizer)
-    report.add(result_of(), show_text=True)
-    printed = console.file.getvalue()
-    assert [printed.count(f"\n{label}:\n") for label in ("K = 3", "K = auto", "generate()")] == [1, 1, 0]
-    assert printed.count("accepted draft token · «the main model's own, after a rejection»") == 2
+    runs = {"fixed": outcome_of(RUNS["K = 3"]), "auto": failed()}
+    text = printed(results_of(result_of(1, **runs), show_text=True), tokenizer)
+    assert [text.count(f"\n{label}:\n") for label in ("baseline", "K = 3", "K = auto", "generate()")] == [0, 1, 0, 0]
+    assert text.count("accepted draft token") == 1
+    assert "accepted draft token" not in printed(results_of(result_of(1)), tokenizer)
 
 
-# The conclusions
+# The sentences: each where it is true, and silent where it is not
 
 
-def test_a_tie_is_shown_with_its_figures(tokenizer):
-    results = [result_of(1), spoiled(divergence=divergence("tie", 0.125))]
-    results[1].prompt = sd.Question("p", 2, ids=(1, 2, 3, 4))
-    lines = conclusions_of(results, tokenizer).splitlines()
-    assert lines[-2] == "1 of 2 outputs are the main model's own, token for token."
-    assert lines[-1].startswith("Ties, the main model's own within its rounding: 1.")
-    end = "prompt 2, K = 3, new token 17, gap 0.125 (of the baseline 0.0625), rounding noise 0.25."
-    assert lines[-1].endswith(end)
-
-
-def test_mismatches_say_which_is_the_worst_and_whose(tokenizer):
-    results = [
-        spoiled(divergence=divergence("mismatch", gap, whose)) for gap, whose in ((2.0, "both"), (3.0, "baseline"))
-    ]
-    results += [spoiled(divergence=divergence("mismatch", 0.5, "both", index=None)), spoiled(unchecked="no memory")]
-    for number, result in enumerate(results, 1):
-        result.prompt = sd.Question("p", number, ids=(1,))
-    lines = conclusions_of(results, tokenizer).splitlines()
-    assert lines[-3] == "0 of 4 outputs are the main model's own, token for token."
-    assert lines[-2].startswith("Mismatches, NOT the main model's own (please report this as a bug): 3. ")
-    assert (
-        "The largest: prompt 2, K = 3, new token 17 (at fault: baseline), gap 3 (of the baseline 0.0625)" in lines[-2]
-    )
-    assert lines[-1] == "1 output could not be checked: no memory."
-    lines = conclusions_of(results[2:3], tokenizer).splitlines()
-    assert "The largest: prompt 3, K = 3, both alike (at fault: both), gap 0.5 " in lines[-1]
-
-
-def test_the_conclusions_are_the_figures_in_words(tokenizer):
-    said = conclusions_of([result_of(1), result_of(2, factor=2.0)], tokenizer)
-    step_s = (3.0 - 0.02) / 20
-    c, v = 0.01 / step_s, 0.1 / step_s
-    alpha = 4 / 6
-    predicted, ideal = (100 * ((1 - alpha**4) / ((1 - alpha) * (3 * c + cost)) - 1) for cost in (v, 1))
+def test_the_sentences_are_the_figures_in_words():
+    step_s = (3.0 - 0.03) / 20
+    c, v, alpha = 0.01 / step_s, 0.1 / step_s, 4 / 6
+    two = results_of(result_of(1), result_of(2, factor=2.0), methods=METHODS[:2], draft_tokens=(3,))
     expected = [
         "Speculative decoding was 2.00 times as fast (over the prompts 2.00 to 2.00). A pass of the main model yielded "
-        f"2.33 tokens, and α = 0.667 of the tested draft tokens were accepted. A verify pass cost v = {v:.3f} baseline "
-        f"steps, a draft step c = {c:.3f}.",
-        f"With K = 3, these predict {predicted:+.0f} %; ideal, if verifying cost one step: {ideal:+.0f} %.",
-        # Of 1.5 s: 0.6 of verify passes, 0.18 of drafting; rounds of 0.9 s in all.
-        "Its time went to 40 % verifying, 12 % drafting, 40 % reading the prompts, 8 % all else.",
-        # The baseline takes 3 s for as many tokens. 8 of 18 draft tokens are accepted: 14 of 24 rounds' tokens.
+        f"3.33 tokens, and α = {alpha:.3f} of the tested draft tokens were accepted. A verify pass cost v = {v:.3f} "
+        f"baseline steps, a draft step c = {c:.3f}.",
+        "Rounds in which at least 1, 2, … draft tokens were accepted: 67 %, 33 %, 33 %.",
+        # Of 1.5 s, the baseline's 3 s, 0.6 of verify passes and 0.18 of drafting; rounds of 0.9 s in all. 8 of 18 draft
+        # tokens are accepted: 14 of 24 rounds' tokens.
         f"With a draft that cost nothing it would be {100 * (3 / (1.5 - 0.18) - 1):+.0f} %, with one that is always "
         f"right {100 * (3 / (1.5 - 0.9 * 10 / 24) - 1):+.0f} %, and with verify passes as cheap as baseline steps "
         f"{100 * (3 / (1.5 - 0.6 + 6 * step_s) - 1):+.0f} %.",
-        f"At these c and v a draft pays from α = {c + v - 1 if c + v > 1 else 0:.3f} on, with the best K.",
+        "At these c and v a draft pays from α = 0.000 on, with the best K.",
         "All 2 outputs are the main model's own, token for token.",
     ]
-    assert [line for line in said.splitlines() if not line.startswith("These figures cannot all be right")] == expected
+    assert c + v < 1  # a verify pass faster than a step: the machine was busy, and that is said
+    assert [line for line in sentences(two) if not line.startswith(CANNOT_BE)] == expected
+    one = sentences(results_of(result_of(1), methods=METHODS[:2]))
+    assert one[0].startswith("Speculative decoding was 2.00 times as fast. A pass")  # of one prompt, there is no range
+    assert one[-1] == "The output is the main model's own, token for token."
 
 
-def test_how_near_the_baseline_is_to_the_memorys_limit(tokenizer):
-    methods = [METHODS[0], sd.Method("K = 3", None, 3, weights_gb=0.99)]  # in 0.099 s: 10 GB/s
-    for memory, expected in (
-        (18.0, "is what it waits for, and where speculation pays"),
-        (40.0, "(--compile on)"),
-        (5.0, "from a cache"),
-    ):
-        report = sd.Report(console := console_of(4000), methods, tokenizer)
-        report.add(result_of(methods=methods), show_text=False)
-        report.finish(memory)
-        said = console.file.getvalue()
+CANNOT_BE = "These figures cannot all be right: the machine was busy with something else. Try --repeats 5."
+
+
+def test_ten_prompts_have_an_interval():
+    fixed = [changed("K = 3", latency_s=0.5 + number / 40) for number in range(10)]
+    said = spoken("Speculative decoding", results_of(*(result_of(n, fixed=run) for n, run in enumerate(fixed, 1))))
+    low, high = map(float, re.search(r"\(95 % interval (\d\.\d\d) to (\d\.\d\d)\)", said).groups())
+    assert 1.38 < low < 10 / 6.125 < high < 2.0 and "over the prompts" not in said
+
+
+def test_figures_that_cannot_be_right_are_said_to_be_noise():
+    """A verify pass below a step, or a speedup above the mean acceptance length: only another load explains them."""
+
+    def said(rounds, latency_s=0.5):
+        """With a step of 0.089 s."""
+        fixed = changed("K = 3", rounds=tuple(rounds), latency_s=latency_s)
+        result = result_of(own=changed("baseline", latency_s=0.9), fixed=fixed, methods=METHODS[:2])
+        return spoken("These", results_of(result, methods=METHODS[:2]))
+
+    calm = [sd.Round(*each) for each in ROUNDS]  # a verify pass takes 0.1 s
+    assert said(calm) is None
+    assert said(each._replace(verify_s=0.07) for each in calm) == CANNOT_BE
+    assert said(calm, 0.2) == CANNOT_BE  # 0.89 / 0.19 = 4.68, but 3.33 tokens a pass
+    assert said(each._replace(draft_s=None, verify_s=None) for each in calm) is None
+
+
+def test_where_the_clock_cannot_tell_a_rounds_parts_apart_nothing_is_said_of_them():
+    rounds = tuple(sd.Round(k, n, round_s=round_s) for k, n, _, _, round_s in ROUNDS)
+    said = sentences(results_of(result_of(fixed=changed("K = 3", rounds=rounds)), methods=METHODS[:2]))
+    assert said == [
+        "Speculative decoding was 2.00 times as fast. A pass of the main model yielded 3.33 tokens, and α = 0.667 of "
+        "the tested draft tokens were accepted.",
+        "Rounds in which at least 1, 2, … draft tokens were accepted: 67 %, 33 %, 33 %.",
+        "The output is the main model's own, token for token.",
+    ]
+
+
+def test_where_nothing_was_drafted_nothing_is_said_of_drafts():
+    idle = changed("K = 3", rounds=(sd.Round(0, 0, 0.0, 0.05, 0.05),) * 10, log_likelihood=0.0, latency_s=1.2)
+    assert sentences(results_of(result_of(fixed=idle), methods=METHODS[:2])) == [
+        "Nothing was ever drafted: no draft token was worth its cost here, or none was found.",
+        "The output is the main model's own, token for token.",
+    ]
+
+
+def test_too_few_tokens_to_tell():
+    """One token, which the prefill gave, and no round: it is not that no draft token was worth its cost."""
+    one = {"token_ids": (7,), "rounds": (), "log_likelihood": 0.0, "first_token_s": 0.4}
+    result = result_of(own=changed("baseline", **one), fixed=changed("K = 3", **one), methods=METHODS[:2])
+    assert sentences(results_of(result, methods=METHODS[:2])) == [
+        "Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.",
+        "The output is the main model's own, token for token.",
+    ]
+    row = re.search(r"^    K = 3 .*$", printed(results_of(result, methods=METHODS[:2])), re.MULTILINE)[0]
+    assert row.split() == "K = 3 1 0.500 0.400 2.00 +100 % – – – yes".split()
+
+
+def test_without_any_prompt_that_both_decoded_no_speed_is_claimed():
+    """The baseline failed at one prompt, the draft at the other: more tokens would not help."""
+    prompts = result_of(1, METHODS[:2], own=failed()), result_of(2, METHODS[:2], fixed=failed())
+    said = " ".join(sentences(results_of(*prompts, methods=METHODS[:2])))
+    assert "times as fast" not in said and "Too few tokens" not in said
+
+
+@pytest.mark.parametrize(
+    ("memory", "compile", "expected"),
+    [
+        (18.0, "off", "this is what it waits for, and where speculation pays."),
+        (18.0, "on", "this is what it waits for, and where speculation pays."),
+        (40.0, "off", "as eager steps do, it waits for Python, kernels and their launches (--compile on)."),
+        (40.0, "on", "it waits for something else."),
+        (5.0, "off", "so they come from a cache of the processor, or the machine was busy with something else."),
+    ],
+)
+def test_how_near_the_baseline_is_to_the_memorys_limit(memory, compile, expected):
+    """990 MB in a step of 0.099 s: 10 GB/s."""
+    said = spoken("The baseline reads", results_of(result_of(), memory=memory, compile=compile))
+    rates = f"10.0 GB of weights a second, memory can deliver {sd.three_digits(memory)}"
+    assert said == f"The baseline reads {rates}: {expected}"
+
+
+def test_nothing_is_said_of_memory_where_nothing_is_known():
+    unknown = dataclasses.replace(BASELINE, step_bytes=None)  # a mixture of experts, or offloaded weights
+    for methods, memory in (((BASELINE, FIXED), None), ((unknown, FIXED), 40.0)):
         assert (
-            f"reads 10.0 GB of weights a second, memory can deliver {sd.number(memory)}: " in said and expected in said
+            spoken("The baseline reads", results_of(result_of(methods=methods), methods=methods, memory=memory)) is None
         )
-    assert "GB of weights" not in conclusions_of([result_of()], tokenizer)  # where nothing is known of the memory
 
 
-def test_a_draft_that_no_acceptance_could_save(tokenizer):
-    result = result_of()
-    result.outcomes["K = 3"].runs[0].rounds = [sd.Round(3, 3, 0.6, 0.1, 0.75)] * 3  # each draft step takes two others
-    said = conclusions_of([result], tokenizer)
-    assert "At these c and v no draft pays, however often it is right." in said
+def test_what_cannot_be_compiled_is_not_told_to_be():
+    """Offloaded weights, also if all of them fit on one device; models with a state."""
+    assert "(--compile on)" in spoken("The baseline reads", results_of(result_of(), memory=40.0))
+    said = spoken("The baseline reads", results_of(result_of(), memory=40.0, can_compile=False))
+    assert said.endswith("it waits for something else.")
 
 
-def test_a_draft_that_does_not_pay_comes_with_advice(tokenizer):
-    result = result_of()
-    result.outcomes["K = 3"].runs[0].latency_s = 4.0
-    said = conclusions_of([result], tokenizer)
-    assert "Speculative decoding was 0.25 times as fast. A pass" in said  # of one prompt, there is no range
-    assert "The draft does not pay here. Try --draft-tokens auto, or a draft that is smaller" in said
-    assert "The output is the main model's own, token for token." in said
+def test_what_to_try_where_no_draft_pays():
+    slow = result_of(fixed=changed("K = 3", latency_s=4.0), methods=METHODS[:2])
+    said = sentences(results_of(slow, methods=METHODS[:2], draft_tokens=(3,)))
+    assert said[0].startswith("Speculative decoding was 0.25 times as fast. A pass")
+    assert said[-2] == "No draft pays here. Try --draft-tokens auto, or a draft that is smaller, or right more often."
+    said = sentences(results_of(slow, methods=METHODS[:2], draft_tokens=(3, "auto")))
+    assert said[-2] == "No draft pays here. Try a draft that is smaller, or right more often."
+    assert spoken("No draft pays", results_of(result_of(), methods=METHODS[:2])) is None
 
 
-def test_the_best_of_several_draft_lengths_is_named_as_picked(tokenizer):
-    said = conclusions_of([result_of()], tokenizer, METHODS)
-    assert said.startswith("The fastest draft length in this run was K = 3, picked by the data that measured it.")
-    assert "was 2.00 times as fast as transformers' generate(), eager." in said
-    assert "All 2 outputs" in said  # ours: the library's are its own affair
-
-
-def test_sampled_texts_are_not_compared(tokenizer):
-    result = result_of()
-    for outcome in result.outcomes.values():
-        outcome.unchecked = sd.SAMPLED
-    said = conclusions_of([result], tokenizer)
-    assert said.endswith(
-        "The texts are sampled, so they differ: both methods draw from the main model's own distribution.\n"
+def test_from_which_acceptance_a_draft_pays():
+    # A step of 0.1 s: c = 0.2 and v = 1.1, of which one draft token pays from α = 0.3 on.
+    rounds = tuple(sd.Round(k, n, 0.06, 0.11, 0.19) for k, n, *_ in ROUNDS)
+    own = changed("baseline", latency_s=1.01)
+    pays = results_of(
+        result_of(own=own, fixed=changed("K = 3", rounds=rounds), methods=METHODS[:2]), methods=METHODS[:2]
     )
-    assert "token for token" not in said
+    assert spoken("At these", pays) == "At these c and v a draft pays from α = 0.300 on, with the best K."
+    rounds = tuple(sd.Round(k, n, 0.6, 0.11, 0.75) for k, n, *_ in ROUNDS)  # each draft step takes two others
+    never = results_of(
+        result_of(own=own, fixed=changed("K = 3", rounds=rounds), methods=METHODS[:2]), methods=METHODS[:2]
+    )
+    assert spoken("At these", never) == "At these c and v no draft pays, however often it is right."
 
 
-def test_figures_that_cannot_be_right_are_said_to_be_noise(tokenizer):
-    """A speedup above the mean acceptance length, and a verify pass below a step: only another load explains them."""
+def test_the_first_sentence_names_the_best_draft_and_its_lead():
+    assert sentences(results_of(result_of()))[0] == (
+        "The best draft length in this run was K = 3, 2.00 times as fast as the next, K = auto. "
+        "The data that measured it also picked it."
+    )
+    # Two drafts, two lengths of the best: what counts is its lead over the next draft, not over its own other length.
+    rates = {"a, K = 3": 0.5, "a, K = 4": 0.6, "b, K = 3": 0.8, "b, K = 4": 4.0}
+    methods = [BASELINE, *(sd.Method(name, None, name[0], int(name[-1])) for name in rates)]
+    outcomes = {name: changed("K = 3", latency_s=latency_s) for name, latency_s in rates.items()}
+    result = sd.Result(sd.Question("?", 1, ids=(1,)), {"baseline": outcome_of(RUNS["baseline"])} | outcomes)
+    results = results_of(result, methods=methods, draft=("a", "b"), draft_tokens=(3, 4))
+    said = sentences(results)
+    assert said[0] == (
+        "The best draft in this run was a, K = 3, 1.60 times as fast as the next, b, K = 3. "
+        "The data that measured it also picked it."
+    )
+    assert [method.label for method in sd.find(results)[1]] == list(rates)
+    table = printed(results).partition("By speed")[2].splitlines()[1:5]
+    assert [line[2:10] for line in table] == list(rates)
+    assert spoken("The best", results_of(result_of(methods=METHODS[:2]), methods=METHODS[:2])) is None
+
+
+def test_how_the_library_did():
+    methods = (*METHODS, ASSISTED)
+    said = sentences(results_of(result_of(methods=methods), methods=methods))
+    assert said[-3:-1] == [
+        "K = 3 was 2.00 times as fast as generate(): transformers' generate(), eager.",
+        "K = 3 was 1.60 times as fast as assist 3: transformers' assisted generation, K = 3, eager.",
+    ]
+    # Each is compared with ours of the same draft and length, generate() alone with our best.
+    assisted = dataclasses.replace(ASSISTED, label="assisted", draft_tokens="auto")
     result = result_of()
-    result.outcomes["K = 3"].runs[0].latency_s = 0.1
-    assert "the machine was busy" in conclusions_of([result], tokenizer)
-    calm = result_of()
-    calm.baseline.runs[0].latency_s = 0.5  # a step of 0.049 s, a verify pass of 0.1
-    assert "the machine was busy" not in conclusions_of([calm], tokenizer)
+    result.outcomes["assisted"] = outcome_of(RUNS["assist 3"])
+    said = sentences(results_of(result, methods=(*METHODS, assisted)))
+    assert said[-2].startswith("K = auto was 0.800 times as fast as assisted: ")
+    gone = results_of(result_of(library=failed()))
+    assert not [line for line in sentences(gone) if "generate()" in line]
 
 
-# Repeats, intervals and the picture of real runs
+# Whether it is right
 
 
-def test_repeats_give_a_spread(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    assert run(*QUICK, "--limit", 2, "--repeats", 3, "--json", out) == 0
-    summary = (measured := json.loads(out.read_text())["runs"][0])["summary"]
-    for prompt in measured["prompts"]:
-        for method in (prompt["baseline"], prompt["speculative"]):
-            assert 0 < method["latency_min_s"] <= method["latency_s"] <= method["latency_max_s"]
-    assert summary["speedup_interval_percent"] is None  # of two prompts: no claim
-    low, high = summary["speedup_range_percent"]
-    printed = " ".join(capsys.readouterr().out.split())
-    assert low < high and f"(over the prompts {1 + low / 100:.2f} to {1 + high / 100:.2f})" in printed
-    spread = [sd.number(summary["baseline"][f"latency_{end}_s"]) for end in ("min", "max")]
-    assert f"slowest of 3 repeats: {spread[0]} to {spread[1]} s (baseline)" in printed
+def numbered(*outcomes):
+    """Results whose K = 3 have these outcomes, of prompts 1, 2, …; without other methods but the baseline."""
+    return results_of(
+        *(result_of(n, METHODS[:2], fixed=each) for n, each in enumerate(outcomes, 1)), methods=METHODS[:2]
+    )
 
 
-def test_ten_prompts_give_an_interval(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    words = ("sum", "zip", "map", "len", "max", "min", "abs", "any", "all", "ord")
-    path = write(tmp_path / "p.txt", *(f"What does {word} do?" for word in words))
-    assert run(*QUICK, "--max-new-tokens", 6, "--prompts", path, "--json", out) == 0
-    summary = json.loads(out.read_text())["runs"][0]["summary"]
-    low, high = summary["speedup_interval_percent"]
-    printed = " ".join(capsys.readouterr().out.split())
-    assert low < high and f"(95 % interval {1 + low / 100:.2f} to {1 + high / 100:.2f})" in printed
-    least, most = summary["speedup_range_percent"]
-    assert least <= low < summary["speedup_percent"] < high <= most and "over the prompts" not in printed
+def test_a_tie_is_shown_with_its_figures():
+    said = sentences(numbered(outcome_of(RUNS["K = 3"]), judged_as("tie", 0.125)))
+    assert said[-2:] == [
+        "1 of 2 outputs are the main model's own, token for token.",
+        "Ties, the main model's own within its rounding: 1. The largest: prompt 2, K = 3, new token 17, gap 0.125 (of "
+        "the baseline 0.0625), rounding noise 0.25.",
+    ]
 
 
-def test_the_picture_shows_the_report(tmp_path, capsys):
-    path = write(tmp_path / "p.txt", "What <does> & list.sort [bold]do[/bold]?\x1b[2J")
-    out = tmp_path / "report.svg"
-    assert run(*QUICK, "--prompts", path, "--draft-tokens", "1,2", "--svg", out) == 0
-    svg = xml.etree.ElementTree.parse(out)  # whole, and well-formed
-    text = "".join(svg.getroot().itertext()).replace("\xa0", " ")
-    assert "What <does> & list.sort [bold]do[/bold]?�[2J" in text
-    assert "Times as fast as the baseline" in text and "K = 1" in text and "predicted" in text and "█" in text
-    assert "token for token" in text and "Loading" not in text
-    assert "cannot write" in refused(capsys, *QUICK, "--limit", 1, "--svg", tmp_path / "no" / "folder.svg")
+def test_mismatches_say_which_is_the_worst_and_whose():
+    outcomes = [judged_as("mismatch", gap, whose) for gap, whose in ((2.0, "both"), (3.0, "baseline"))]
+    alike = judged_as("mismatch", 0.5, "both", index=None)
+    said = sentences(numbered(*outcomes, alike, judged_as("unchecked", why="no memory")))
+    assert said[-3:] == [
+        "0 of 4 outputs are the main model's own, token for token.",
+        "Mismatches, NOT the main model's own (please report this as a bug): 3. The largest: prompt 2, K = 3, new "
+        "token 17 (at fault: baseline), gap 3 (of the baseline 0.0625), rounding noise 0.25.",
+        "1 output could not be checked: no memory.",
+    ]
+    assert "The largest: prompt 1, K = 3, both alike (at fault: both), gap 0.5 " in sentences(numbered(alike))[-1]
 
 
-def test_a_long_category_gives_way_to_its_figures(tokenizer):
-    """Of two alike but for their categories' names, the rows have the same figures."""
-    _, printed = report_of([result_of(1, "c" * 100), result_of(2, "short")], tokenizer)
-    table = printed[printed.index("By category") :].splitlines()[1:3]
-    assert all(len(row) <= 120 for row in table) and re.match(r"  c{30,}… ", table[0])
-    assert table[0].split()[1:] == table[1].split()[1:]
+def test_sampled_texts_are_not_compared():
+    said = sentences(numbered(judged_as("sampled")))
+    assert said[-1] == "The texts are sampled, so they differ: all methods draw from the main model's own distribution."
+    assert not [line for line in said if "token for token" in line]
+
+
+def test_what_the_librarys_outputs_are_is_its_own_affair():
+    library = judged_as("mismatch", 9.0, "speculative", label="generate()")
+    said = sentences(results_of(result_of(library=library)))
+    assert said[-1] == "All 2 outputs are the main model's own, token for token."
+
+
+def test_where_no_draft_ran_the_baselines_outputs_are_what_is_told():
+    said = sentences(numbered(failed(), failed()))
+    assert said == ["All 2 outputs are the main model's own, token for token."]
+    results = results_of(result_of(1, own=judged_as("unchecked", why="no memory", label="baseline"), fixed=failed()))
+    alone = dataclasses.replace(results, methods=METHODS[:2])
+    assert sentences(alone)[-1] == "1 output could not be checked: no memory."
+
+
+def test_where_the_baseline_failed_nothing_is_said_of_speed():
+    unchecked = judged_as("unchecked", why="there is no baseline")
+    prompts = (result_of(number, METHODS[:2], own=failed(), fixed=unchecked) for number in (1, 2))
+    results = results_of(*prompts, methods=METHODS[:2], memory=40.0)
+    assert sentences(results) == [
+        "0 of 2 outputs are the main model's own, token for token.",
+        "2 outputs could not be checked: there is no baseline.",
+    ]
+    lines = printed(results).splitlines()
+    assert "    baseline: CUDA out of memory." in lines and lines[2].startswith("    K = 3 ")
+
+
+def test_of_no_output_nothing_is_said():
+    """All methods failed in their second repeats: what the first ones wrote was not judged."""
+    half = sd.Outcome((RUNS["baseline"],), "a text", None, "CUDA out of memory.")
+    said = printed(results_of(result_of(1, METHODS[:2], own=half, fixed=half), methods=METHODS[:2]))
+    assert "main model's own" not in said
+
+
+# A real run
+
+
+def test_the_report_of_a_real_run(demo):
+    """What is printed is what the JSON says: each prompt's rows, the mean's, and the sentences."""
+    done, told = demo
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    start = next(place for place, line in enumerate(lines) if line.startswith("  # prompt "))
+    labels = [method["label"] for method in told["methods"]]
+    rows = [prompt["outcomes"][label]["figures"] for prompt in told["prompts"] for label in labels]
+    rows += [method["summary"] for method in told["methods"]]
+    printed_rows = [line for line in lines[start + 1 :] if line.startswith("    ") and line != "    mean"]
+    assert len(printed_rows) == len(rows) == 18
+    for line, row, label in zip(printed_rows, rows, labels * 6, strict=True):
+        cells = [str(round(row["new_tokens"] / row["prompts"]))]
+        cells += [sd.three_digits(row[name]) for name in ("latency_s", "time_to_first_token_s", "tokens_per_s")]
+        cells += [sd.percent(row["speedup_percent"], "+"), sd.share(row["acceptance_rate"])]
+        cells += [sd.three_digits(row[name]) for name in ("mean_acceptance_length", "log_likelihood_per_token")]
+        same = "yes" if row["prompts"] == 1 else "5/5"
+        assert line.split() == " ".join([label, *cells, same]).split()
+    best = max(told["methods"][1:], key=lambda method: method["summary"]["tokens_per_s"])
+    assert any(line.startswith(f"The best draft length in this run was {best['label']}, ") for line in lines)
+    assert "All 10 outputs are the main model's own, token for token." in lines
