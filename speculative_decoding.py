@@ -82,7 +82,9 @@ DEFAULT_MAIN, DEFAULT_DRAFT = "google/gemma-2-9b-it", "google/gemma-2-2b-it"
 HERE = pathlib.Path(__file__).resolve().parent
 BUNDLED = HERE / "tests" / "tiny_gemma2"
 # One process, or those that torchrun or `accelerate launch` started: the prompts are dealt out to them.
-RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RANK, PROCESSES = 0, 1
+if os.environ.get("RANK", "").isdigit() and os.environ.get("WORLD_SIZE", "").isdigit():
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class UsageError(Exception):
@@ -1893,7 +1895,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def verdict(word: str) -> Text:
+def in_colour(word: str) -> Text:
     """A verdict in its colour."""
     return Text(word, {"yes": "green", "tie": "yellow", "NO": "bold red", "?": "bold red"}.get(word, ""))
 
@@ -1908,7 +1910,7 @@ PROMPT_COLUMNS = {
     "accept": (6, "acceptance_rate", share),
     "length": (6, "mean_acceptance_length", three_digits),
     "log-l.": (6, "log_likelihood_per_token", three_digits),
-    "same": (8, "verdict", verdict),
+    "same": (8, "verdict", in_colour),
 }
 SUMMARY_COLUMNS = {
     "tok/s": (6, "tokens_per_s", three_digits),

@@ -331,7 +331,7 @@ def test_methods_by_speed_and_the_best_by_category():
     ],
 )
 def test_whether_a_text_is_the_same_is_one_word(fixed, word, style):
-    shown = sd.verdict(sd.figures_of((result_of(fixed=fixed),), FIXED).verdict)
+    shown = sd.in_colour(sd.figures_of((result_of(fixed=fixed),), FIXED).verdict)
     assert (str(shown), shown.style) == (word, style)
 
 
