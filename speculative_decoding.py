@@ -206,10 +206,8 @@ class Settings:
 def find_contradiction(given: Settings) -> str | None:
     """What two options contradict each other, and how to mend it: all such rules are here."""
     outputs = [os.path.realpath(path) for path in (given.json, given.svg) if path]
-    prompts = [
-        os.path.realpath(path)
-        for path in (given.prompts or "prompts.txt", HERE / "prompts.txt", BUNDLED / "prompts.txt")
-    ]
+    read = (given.prompts or "prompts.txt", HERE / "prompts.txt", BUNDLED / "prompts.txt")
+    prompts = [os.path.realpath(path) for path in read if outputs]  # without, the folder may be gone
     rules = (
         (given.demo and given.main, "--demo brings its own main model: leave out --main, or --demo"),
         (
@@ -849,11 +847,11 @@ LONGEST_AUTO = 15  # draft tokens of a round: with the text's last token they fi
 def verify_widths(draft_tokens: int | str, device: torch.device) -> tuple[int, ...]:
     """The tokens that a verify pass may have, with a fixed K or "auto"; compiled ones are padded to the next of these.
 
-    On accelerators widths up to 16 cost nearly the same, and each takes a minute to compile.
+    On accelerators widths up to 16 cost nearly the same, on a CPU those up to 3; each takes up to a minute to compile.
     """
     if draft_tokens != "auto":
         return (draft_tokens + 1,)
-    return (2, 3, 5, 9, LONGEST_AUTO + 1) if device.type == "cpu" else (5, LONGEST_AUTO + 1)
+    return (3, 5, 9, LONGEST_AUTO + 1) if device.type == "cpu" else (5, LONGEST_AUTO + 1)
 
 
 class FixedSchedule:
@@ -1003,34 +1001,41 @@ def keys_and_values(cache: Cache) -> list[Tensor]:
 SMALL_WEIGHT = 2**24  # bytes: a processor's caches hold it
 
 
-@torch.library.custom_op("speculative_decoding::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer by oneDNN, x [..., n] with packed weights [m, n], which the compiler takes only as constants."""
+    """A linear layer by oneDNN, x [..., n] with packed weights [m, n]."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-@packed_linear.register_fake
-def packed_linear_shape(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
+# The compiler takes packed weights only as constants, but leaves an operator alone that it does not know.
+OPERATORS = torch.library.Library("speculative_decoding", "DEF")
+OPERATORS.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+OPERATORS.impl("packed_linear", packed_linear, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "speculative_decoding::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], packed.shape[0])
+)
 
 
 class StepLinear(torch.nn.Linear):
     """A linear layer of compiled steps on a CPU, which are as fast as the weights are read; eagerly it is what it was.
 
-    The library's product reads them at the memory's pace for one or two tokens in float32, but not on AMD, nor in
+    The library's product reads them at the memory's pace for up to three tokens in float32, but not on AMD, nor in
     bfloat16, nor for more tokens. oneDNN does with a second copy of the weights, in the order in which it needs them.
     """
 
     packed = None
     streams = False  # of one token: as a reduction, which the compiler makes one stream of reads
 
+    def is_packed(self, tokens: int) -> bool:
+        """Whether so many tokens are multiplied with the second copy."""
+        return self.weight.dtype == torch.bfloat16 or tokens > (1 if self.streams else 3)
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.numel() // self.in_features
         if torch.compiler.is_compiling() and self.streams and tokens == 1:
             output = (self.weight.float() * x.unsqueeze(-2).float()).sum(-1).to(x.dtype)
             return output if self.bias is None else output + self.bias
-        if torch.compiler.is_compiling() and self.packed is not None and (tokens > 2 or x.dtype == torch.bfloat16):
-            return packed_linear(x, self.packed, self.bias)
+        if torch.compiler.is_compiling() and self.packed is not None and self.is_packed(tokens):
+            return torch.ops.speculative_decoding.packed_linear(x, self.packed, self.bias)
         return super().forward(x)
 
 
@@ -1144,7 +1149,7 @@ class CompiledModel(CachedModel):
         if self.model.dtype == torch.bfloat16:
             can_pack = can_pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         for layer in self.linears:
-            if layer.packed is None and can_pack and (tokens > 2 or layer.weight.dtype == torch.bfloat16):
+            if layer.packed is None and can_pack and layer.is_packed(tokens):
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)  # good for 1 to 64
         # What mode="reduce-overhead" means; and no guards. These would check before each step, for a millisecond, that
         # nothing of the model has changed, which nothing does. Without guards a step must be one whole graph, and must
@@ -2299,10 +2304,11 @@ UNUSABLE = {  # how texts begin that are no prompts, and why
 def read_questions(path: str, limit: int | None = None) -> list:
     """The questions of a file, without ids; or `limit` of them, from all categories alike.
 
-    A prompt a line; or JSON, by the file's name or its first line: an object a line, or a list of objects.
+    A prompt a line; or JSON, by the file's name or its first line: an object a line, or a list of objects. Rows without
+    a usable text are questions with an error.
     """
     with cli_errors(f"read {path}", "name a text file with --prompts"):
-        data, unit, questions = pathlib.Path(path).read_bytes(), "line", []
+        data, unit = pathlib.Path(path).read_bytes(), "line"
     if path.lower().endswith(OTHER_FILES) or data.count(0) > len(data) / 100:
         raise UsageError(
             f"{path} is in a format that is not read here: unpack it, and save it as UTF-8 text, a prompt on "
@@ -2313,6 +2319,7 @@ def read_questions(path: str, limit: int | None = None) -> list:
     with contextlib.suppress(ValueError, RecursionError):
         if is_json and isinstance(entries := json.loads(data), list):
             lines, unit = [json.dumps(entry).encode() for entry in entries], "object"
+    questions, trouble = [], f"{path} has no prompts; write one on each line"
     for number, line in enumerate(lines, 1):
         where = f"{path}, {unit} {number}"
         kind = "JSON" if is_json else "UTF-8"
@@ -2321,33 +2328,39 @@ def read_questions(path: str, limit: int | None = None) -> list:
             if not text or text.startswith("#"):
                 continue
             entry = json.loads(text, parse_constant=lambda _: None) if is_json else {"prompt": text}
-        questions.append(parse_question(entry, where, len(questions) + 1))
-    if not questions:
-        raise UsageError(f"{path} has no prompts; write one on each line")
+        try:
+            questions.append(parse_question(entry, len(questions) + 1))
+        except UsageError as error:  # of many rows, some are unusable: it matters if all are
+            trouble = f"{where}, {error}" if not questions else trouble
+            questions.append(Question("", len(questions) + 1, error=str(error)))
+    usable = [question for question in questions if not question.error]
+    if not usable:
+        raise UsageError(trouble)
     ranks = defaultdict(itertools.count)  # each question's place within its category
-    chosen = sorted(questions, key=lambda question: next(ranks[question.category]))[:limit]
-    return sorted(chosen, key=lambda question: question.number)
+    in_turns = sorted(usable, key=lambda question: next(ranks[question.category]))
+    chosen = {question.number for question in in_turns[:limit]}
+    return [question for question in questions if question.error or question.number in chosen]
 
 
-def parse_question(entry: Any, where: str, number: int) -> Question:
-    """The question in a JSON object, at the first of KEYS: a text, turns or messages."""
+def parse_question(entry: Any, number: int) -> Question:
+    """The question in a JSON object, at the first of KEYS: a text, turns or messages. Raises UsageError without one."""
     entry = entry if isinstance(entry, dict) else {}
     key = next((key for key in KEYS if entry.get(key) is not None), "prompt")
     content, category, question_id = entry.get(key), entry.get("category"), entry.get("question_id")
     several = content if key in LISTS and isinstance(content, list) else [content]
-    messages = [parse_message(message, f"{where}, {key}") for message in several]
+    messages = [parse_message(message, key) for message in several]
     if key == "turns":  # what the user says; answers are the baseline's own
         messages = [message for message in messages if message["role"] == "user"]
     while messages and messages[-1]["role"] != "user":  # an answer to the last question
         messages.pop()
     while messages and messages[0]["role"] == "assistant":  # an answer to none
         messages.pop(0)
-    messages = messages or [parse_message(None, f"{where}, {key}")]
+    messages = messages or [parse_message(None, key)]
     first = 0 if key == "turns" else len(messages) - 1
     text, *later = [message["content"] for message in messages[first:]]
     about = ("input", "context") if key in ("instruction", "question") else ()  # of Alpaca, Dolly and SQuAD
     for name in filter(entry.get, about):
-        text += "\n\n" + parse_message(entry[name], f"{where}, {name}")["content"]
+        text += "\n\n" + parse_message(entry[name], name)["content"]
     return Question(
         text,
         number,
@@ -2359,20 +2372,20 @@ def parse_question(entry: Any, where: str, number: int) -> Question:
     )
 
 
-def parse_message(message: Any, where: str) -> dict:
-    """{"role": …, "content": …} of a message or a text of the user's; joins parts."""
+def parse_message(message: Any, key: str) -> dict:
+    """{"role": …, "content": …} of a message or a text of the user's, from this key; joins parts."""
     role = "user"
     if isinstance(message, dict):
         role = ROLES.get(str(message.get("role", message.get("from"))))
         message = message.get("content", message.get("value"))
     if role is None:
-        raise UsageError(f"{where}: a role is not user, assistant or system; leave it out")
+        raise UsageError(f"{key}: a role is not user, assistant or system; leave it out")
     with contextlib.suppress(KeyError, TypeError):  # it has no parts {"type": "text", "text": …}
         message = "\n".join([part["text"] for part in message])
     text = message if isinstance(message, str) else ""
     for pattern, why in UNUSABLE.items():
         if re.match(pattern, text):
-            raise UsageError(f"{where}: {why}")
+            raise UsageError(f"{key}: {why}")
     return {"role": role, "content": text}
 
 
@@ -2401,10 +2414,10 @@ class Chat:
             raise UsageError(f"prompt {question.label} has no tokens, or some that the main model lacks; leave it out")
         end, error, room = len(ids) + self.behind, None, f"with {self.behind} tokens for output and draft,"
         if end > self.context:
-            error = f"{room} exceeds the context of {self.context} (the {self.limited_by} model's limit)"
+            error = f"{room} it exceeds the context of {self.context} (the {self.limited_by} model's limit)"
         for position, name in self.switches:
             if len(ids) <= position < end:
-                error = f"{room} crosses {position}, where {name} reads differently"
+                error = f"{room} it crosses {position}, where {name} reads differently"
         return dataclasses.replace(
             question,
             ids=tuple(ids),
@@ -2481,13 +2494,16 @@ class Chat:
 
 def fitting(chat: Chat, questions: list) -> tuple:
     """The questions that fit, with ids, and a notice for each reason why others do not."""
-    encoded = [chat.encode(question) for question in questions]
-    fits = [question for question in encoded if not question.error]
-    if not fits:
-        raise UsageError(f"a prompt, {encoded[0].error}: shorten all, or lower --max-new-tokens, --draft-tokens")
-    reasons = Counter(question.error for question in encoded)
-    del reasons[None]
-    return fits, [f"{count} of {len(encoded)} prompts left out: each, {error}" for error, count in reasons.items()]
+    encoded = [question if question.error else chat.encode(question) for question in questions]
+    by_reason = defaultdict(list)  # the labels of questions, by why they are left out
+    for question in encoded:
+        by_reason[question.error].append(question.label)
+    if not by_reason.pop(None, None):
+        reason = next(question.error for question in encoded if question.ids)
+        raise UsageError(f"no prompt fits: {reason}; shorten them, or lower --max-new-tokens, --draft-tokens")
+    total = len(encoded)
+    notices = [f"{len(of)} of {total} prompts left out (first: {of[0]}): {why}." for why, of in by_reason.items()]
+    return [question for question in encoded if not question.error], notices
 
 
 WEIGHTS = r"(?!consolidated|adapter)[^/]*\.safetensors"  # the files of a model's own weights

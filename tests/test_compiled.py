@@ -155,7 +155,7 @@ def test_compiled_steps_round_differently_and_that_is_a_tie():
 
 # Which steps are compiled, and which of them run.
 
-LADDER = {2, 3, 5, 9, 16}
+LADDER = {3, 5, 9, 16}
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_the_forms_of_a_linear_layer_compute_the_same(monkeypatch, streams, bias
     layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
     library, called = torch.nn.functional.linear, []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *inputs: called.append(1) or library(*inputs))
-    for tokens in (1, 5):
+    for tokens in (1, 3, 5):
         x = torch.randn(1, tokens, 40, dtype=dtype)
         expected = library(x, layer.weight, layer.bias)
         with monkeypatch.context() as compiling:
@@ -343,7 +343,7 @@ def test_the_forms_of_a_linear_layer_compute_the_same(monkeypatch, streams, bias
             output = layer(x)
         tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(output, expected, **tolerance)
-    assert len(called) == (1 if dtype == torch.float32 and not streams else 0)  # the library's: one token in float32
+    assert len(called) == (2 if dtype == torch.float32 and not streams else 0)  # the library's: one token, and three
     layer(x)
     assert called[-1:] == [1]  # as anything that is not compiled
 
@@ -355,7 +355,8 @@ def test_compiled_steps_in_other_forms_choose_the_same_tokens(monkeypatch, graph
     model, draft_model, main, draft = compiled_pair(sd.Greedy())
     assert main.linears and draft.linears and all(layer.streams == streams for layer in main.linears)
     packed = [sum("packed_linear" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    assert packed == [0, len(main.linears), 0, 0]  # of the four steps: only the pass over five tokens
+    # Of the four steps, the pass over five tokens; on AMD, the draft's over two, too, whose head sees the last alone.
+    assert packed == [0, len(main.linears), 0, len(draft.linears) - 1 if streams else 0]
     for prompt in PROMPTS:
         expected = baseline(model, prompt, NEW).token_ids
         assert baseline(main, prompt, NEW).token_ids == expected

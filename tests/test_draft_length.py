@@ -331,7 +331,7 @@ def test_a_draft_that_rests_from_the_start_and_has_nothing_to_forget():
 
 def test_the_widths_of_verify_passes():
     assert sd.verify_widths(3, CPU) == sd.verify_widths(3, GPU) == (4,)
-    assert sd.verify_widths("auto", CPU) == (2, 3, 5, 9, 16)
+    assert sd.verify_widths("auto", CPU) == (3, 5, 9, 16)
     for kind in ("cuda", "xpu", "mps"):
         assert sd.verify_widths("auto", torch.device(kind)) == (5, 16)
 

@@ -208,16 +208,34 @@ IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, expected):
-    path = write(tmp_path / "q.jsonl", QUESTIONS[0], "", line)
-    assert f"{path}, line 3{expected}" in refusal(sd.read_questions, path)
+    path = write(tmp_path / "q.jsonl", "", line, line)
+    assert f"{path}, line 2{expected}" in refusal(sd.read_questions, path)
     if not isinstance(line, str):
-        path = write(tmp_path / "q.json", [QUESTIONS[0], line])
-        assert f"{path}, object 2{expected}" in refusal(sd.read_questions, path)
+        path = write(tmp_path / "q.json", [line, line])
+        assert f"{path}, object 1{expected}" in refusal(sd.read_questions, path)
 
 
 def test_a_line_of_text_that_is_to_be_fetched_is_refused_too(tmp_path):
-    path = write(tmp_path / "p.txt", "What is zip?", FETCH)
-    assert f"{path}, line 2, prompt: SPEED-Bench only says" in refusal(sd.read_questions, path)
+    path = write(tmp_path / "p.txt", FETCH)
+    assert f"{path}, line 1, prompt: SPEED-Bench only says" in refusal(sd.read_questions, path)
+
+
+def test_unusable_rows_among_others_are_left_out_with_a_notice_and_are_no_part_of_a_limit(tmp_path, tokenizer):
+    rows = [{"messages": []}, {"prompt": "a"}, {"turns": [7]}, {"prompt": "b"}, {"messages": [IMAGE]}, {"prompt": "c"}]
+    questions = sd.read_questions(write(tmp_path / "q.jsonl", *rows), limit=2)
+    assert [question.number for question in questions if not question.error] == [2, 4]
+    fits, notices = sd.fitting(chat_of(tokenizer), questions)
+    assert [(question.number, question.text) for question in fits] == [(2, "a"), (4, "b")]
+    why = next(iter(sd.UNUSABLE.values()))
+    assert notices == [
+        f"2 of 5 prompts left out (first: 1): messages: {why}.",
+        f"1 of 5 prompts left out (first: 3): turns: {why}.",
+    ]
+
+
+def test_a_line_that_is_no_json_refuses_the_file(tmp_path):
+    path = write(tmp_path / "q.jsonl", QUESTIONS[0], "{not json")
+    assert f"{path}, line 2: this is not JSON" in refusal(sd.read_questions, path)
 
 
 TALK = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
@@ -253,7 +271,7 @@ PARTS = [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]
     ],
 )
 def test_the_text_of_a_record_is_its_first_key(line, text, earlier, later):
-    question = sd.parse_question(line, "q.jsonl, line 1", 1)
+    question = sd.parse_question(line, 1)
     assert (question.text, list(question.earlier), list(question.later)) == (text, earlier, later)
     assert question.turn == (1 if later else None)
 
@@ -394,7 +412,7 @@ def test_the_context_is_used_to_its_end(tokenizer):
     assert encoded.error is None and encoded.max_new_tokens == fits and encoded.end_ids == {1}
     too_long = chat_of(tokenizer, new=fits + 1).encode(question)
     assert too_long.error == (
-        f"with {fits + 3} tokens for output and draft, exceeds the context of 1024 (the main model's limit)"
+        f"with {fits + 3} tokens for output and draft, it exceeds the context of 1024 (the main model's limit)"
     )
     # Costs are measured with a round behind a prompt, whose output can be shorter than that.
     assert chat_of(tokenizer, new=1, room=0, context=tokens + 1).encode(question).error
@@ -410,16 +428,14 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_notice_for_each_reason(toke
     fits, notices = sd.fitting(chat_of(tokenizer, **limits), questions)
     assert [question.number for question in fits] == [1, 5]
     assert [len(question.ids) for question in fits] == [tokens[0], tokens[4]]
-    with_room = "each, with 22 tokens for output and draft,"
+    left_out, room = "of 5 prompts left out", "with 22 tokens for output and draft, it"
     assert notices == [
-        f"2 of 5 prompts left out: {with_room} exceeds the context of {tokens[1] - 1} (the draft model's limit)",
-        f"1 of 5 prompts left out: {with_room} crosses {tokens[2] + 5}, where some/model reads differently",
+        f"2 {left_out} (first: 2): {room} exceeds the context of {tokens[1] - 1} (the draft model's limit).",
+        f"1 {left_out} (first: 3): {room} crosses {tokens[2] + 5}, where some/model reads differently.",
     ]
     assert sd.fitting(chat_of(tokenizer), questions[:1]) == ([chat_of(tokenizer).encode(questions[0])], [])
     message = refusal(sd.fitting, chat_of(tokenizer, **limits), questions[1:2])
-    assert (
-        f"exceeds the context of {tokens[1] - 1} (the draft model's limit): shorten all, or lower --max-new" in message
-    )
+    assert f"exceeds the context of {tokens[1] - 1} (the draft model's limit); shorten them, or lower --max" in message
 
 
 def test_a_prompt_crosses_a_position_or_does_not(tokenizer):
@@ -453,7 +469,7 @@ def asked(tokenizer, questions, answers):
 
 def test_turns_go_on_from_the_answers(tokenizer):
     chat, turns = chat_of(tokenizer, {}), ["What is zip?", "And re?", "Why?"]
-    question = chat.encode(sd.parse_question({"turns": turns, "question_id": 81, "category": "c"}, "q", 1))
+    question = chat.encode(sd.parse_question({"turns": turns, "question_id": 81, "category": "c"}, 1))
     said = ["It joins.", "It is a module."]
     for number, text in enumerate(said, 1):
         answer = tokenizer(text + "<end_of_turn>", add_special_tokens=False)["input_ids"]
@@ -470,7 +486,7 @@ def test_turns_go_on_from_the_answers(tokenizer):
 def test_no_turn_is_longer_than_the_room_that_is_made_for_it(tokenizer, template_args):
     """After answers of full length, whose text is as many tokens again; only the first has come to its end."""
     chat = chat_of(tokenizer, template_args)
-    question = chat.encode(sd.parse_question({"turns": ["a", "What is zip?", "b", "c"]}, "q", 1))
+    question = chat.encode(sd.parse_question({"turns": ["a", "What is zip?", "b", "c"]}, 1))
     longest = question.longest
     for text, end in (("the" + " list" * 18, "<end_of_turn>"), ("the" + " list" * 19, ""), ("the" + " list" * 19, "")):
         answer = tokenizer(text + end, add_special_tokens=False)["input_ids"]
@@ -488,7 +504,7 @@ def test_a_turn_that_cannot_be_asked_has_an_error(tokenizer):
     assert unanswered.error == "turn 1 has no answer to go on from" and unanswered.ids == () and unanswered.turn == 2
     second = chat.follow_up(first, first.ids[:5])
     assert second.turn == 2 and second.error == (
-        "with 22 tokens for output and draft, exceeds the context of 1024 (the draft model's limit)"
+        "with 22 tokens for output and draft, it exceeds the context of 1024 (the draft model's limit)"
     )
     third = chat.follow_up(second, None)
     assert (third.turn, third.text, third.error) == (3, "Why?", "turn 2 has no answer to go on from")
