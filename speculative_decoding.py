@@ -134,10 +134,9 @@ def draft_names(text: str) -> tuple[str, ...]:
 
 def template_arguments(text: str) -> dict:
     """An argparse type: a JSON object, arguments of the chat template; without NaN, as it is written as JSON again."""
-    ours = {"self", "conversation", "messages", "chat_template", "add_generation_prompt", "tokenize"}
     with contextlib.suppress(ValueError, RecursionError):
         json.dumps(given := json.loads(text), allow_nan=False)
-        if isinstance(given, dict) and not ours & given.keys():
+        if isinstance(given, dict):
             return given
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object for the template, as {{"enable_thinking": false}}')
 
@@ -1031,10 +1030,12 @@ class StepLinear(torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.numel() // self.in_features
-        if torch.compiler.is_compiling() and self.streams and tokens == 1:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        if self.streams and tokens == 1:
             output = (self.weight.float() * x.unsqueeze(-2).float()).sum(-1).to(x.dtype)
             return output if self.bias is None else output + self.bias
-        if torch.compiler.is_compiling() and self.packed is not None and self.is_packed(tokens):
+        if self.packed is not None and self.is_packed(tokens):
             return torch.ops.speculative_decoding.packed_linear(x, self.packed, self.bias)
         return super().forward(x)
 
@@ -1229,7 +1230,6 @@ class RecurrentModel(CachedModel):
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None, device: torch.device | None = None):
         takes = inspect.signature(model.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
-        self.width = PREFILL_CHUNK  # tokens that a pass reads at most
         super().__init__(model, vocabulary, device)
 
     def reset(self, rolls_back: bool = True) -> None:
@@ -1262,8 +1262,7 @@ class RecurrentModel(CachedModel):
             self.read(unread, 1)
             unread = self.unread
         ids = torch.cat([unread, ids], dim=1)
-        width = self.width if self.width > 1 or self.length else ids.shape[1]
-        logits = [self.read(part, logits_to_keep) for part in ids.split(width, dim=1)]
+        logits = [self.read(part, logits_to_keep) for part in ids.split(PREFILL_CHUNK, dim=1)]
         return torch.cat(logits)[-logits_to_keep:]
 
     def read(self, ids: Tensor, logits_to_keep: int) -> Tensor:
@@ -1296,31 +1295,8 @@ class RecurrentModel(CachedModel):
 
 
 def cached_model(model: PreTrainedModel, vocabulary: int | None, device: torch.device) -> CachedModel:
-    """The model with its cache: a RecurrentModel if the library marks it as one that has a state. Raises UsageError."""
-    if not model._is_stateful:
-        return CachedModel(model, vocabulary, device)
-    cached = RecurrentModel(model, vocabulary, device)
-    cached.width = measure_width(cached)
-    return cached
-
-
-@torch.inference_mode()
-def measure_width(model: RecurrentModel) -> int:
-    """How many tokens a pass behind others can read: Mamba 1 begins a pass of several with zeros, whatever it has read.
-
-    Such a pass comes out the same if the recurrent states are zeros. Raises UsageError if the cache holds no states.
-    """
-    ids = torch.arange(1, 7, device=model.device)[None]
-    model.prefill(ids[:, :4])
-    if not model.states():
-        raise UsageError(f"{model.model.config.model_type} keeps no state in the library's cache; take another model")
-    logits = model.forward(ids[:, 4:])
-    model.roll_back(2)
-    for layer in model.cache.layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for state in layer.recurrent_states.values():
-                state.zero_()
-    return 1 if model.forward(ids[:, 4:]).equal(logits) else model.width
+    """The model with its cache: a RecurrentModel if the library marks it as one that has a state."""
+    return (RecurrentModel if model._is_stateful else CachedModel)(model, vocabulary, device)
 
 
 # 8  The benchmark -----------------------------------------------------------------------------------------------------
@@ -1532,8 +1508,7 @@ def bytes_per_step(model: PreTrainedModel) -> int | None:
     if has_experts or len(places) > 1 or "disk" in places:
         return None
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    tables = [module for module in decoder.modules() if isinstance(module, torch.nn.Embedding)]
-    looked_up = {weight for table in tables for weight in table.parameters()}
+    looked_up = {module.weight for module in decoder.modules() if isinstance(module, torch.nn.Embedding)}
     read = {*decoder.parameters()} - looked_up | {*head.parameters()}  # the head may be the embedding itself
     return sum(weight.nbytes for weight in read)
 
@@ -1547,18 +1522,17 @@ def mark(device: torch.device) -> float | torch.Event:
     return event
 
 
-def seconds_between(start: float | torch.Event, end: float | torch.Event) -> float:
-    """The seconds between two marks; the device must have passed both."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
-
-
 def timed_round(device: torch.device, drafted: int, accepted: int, *marks: float | torch.Event) -> Round:
-    """A round with its times, from four marks: where it began, had drafted, had verified, and was finished."""
+    """A round with its times, from four marks: where it began, had drafted, had verified, and was finished.
+
+    The device must have passed them all.
+    """
+    if isinstance(marks[0], torch.Event):
+        marks = [marks[0].elapsed_time(each) / 1000 for each in marks]
     begun, proposed, verified, finished = marks
-    round_s = seconds_between(begun, finished)
     if device.type not in ("cpu", "cuda", "xpu"):  # the host's clock is right only where the host waits: once a round
-        return Round(drafted, accepted, round_s=round_s)
-    return Round(drafted, accepted, seconds_between(begun, proposed), seconds_between(proposed, verified), round_s)
+        return Round(drafted, accepted, round_s=finished - begun)
+    return Round(drafted, accepted, proposed - begun, verified - proposed, finished - begun)
 
 
 def memory_bandwidth_gb_s(device: torch.device) -> float:
@@ -2172,6 +2146,7 @@ def print_report(console: Console, results: Results) -> None:
             console.print()
         did, settings = figures[ranking[0].label], results.settings
         sentences = [
+            say_what_to_try(did, settings),
             say_which_is_best(figures, ranking),
             say_how_fast(did),
             say_if_it_cannot_be(did),
@@ -2179,7 +2154,6 @@ def print_report(console: Console, results: Results) -> None:
             say_what_holds_it_back(did),
             say_break_even(did),
             say_what_memory_allows(figures[BASELINE], results.environment, settings),
-            say_what_to_try(did, settings),
             say_how_the_library_did(figures, ranking, results.methods),
         ]
     sentences += [
@@ -2678,16 +2652,19 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """The bytes of a text's KV cache: what a model of meta tensors stores for a token, as often as it keeps it."""
+def cache_bytes(model: PreTrainedModel, tokens: int, is_compiled: bool = False) -> int:
+    """The bytes of a text's KV cache: what a model of meta tensors stores for a token, as often as it keeps it.
+
+    A compiled cache has room for the whole text, also in layers with a sliding window.
+    """
     layers, total = [], 0
     small = copy.deepcopy(model).bfloat16()  # experts in float32 do not run on meta tensors
     with contextlib.suppress(Exception):  # what does not run there at all is not counted
         layers = small(torch.tensor([[1]], device="meta"), use_cache=True).past_key_values.layers
     for layer in layers:
         if getattr(layer, "keys", None) is not None:
-            kept = min(tokens, getattr(layer, "sliding_window", None) or tokens)
-            total += kept * (layer.keys.numel() + layer.values.numel())
+            window = None if is_compiled else getattr(layer, "sliding_window", None)
+            total += min(tokens, window or tokens) * (layer.keys.numel() + layer.values.numel())
     return total * model.dtype.itemsize
 
 
@@ -2695,7 +2672,7 @@ def check_memory(files: list, device: torch.device, tokens: int, is_compiled: bo
     """Raise UsageError if models and their KV caches of so many tokens take more than the device has free."""
     needed, parts = 0.0 if device.type == "cpu" else 1.0, []  # 1 GB: an accelerator's libraries
     for of in files:
-        weights, cache = of.weight_bytes / 1e9, cache_bytes(of.model, tokens) / 1e9
+        weights, cache = of.weight_bytes / 1e9, cache_bytes(of.model, tokens, is_compiled) / 1e9
         if is_compiled and device.type == "cpu":  # StepLinear's second copy
             weights *= 2
         needed += 1.05 * (weights + cache)  # and something to work in
@@ -2760,7 +2737,10 @@ def check_reading(model: PreTrainedModel, name: str, device: torch.device) -> No
     # The least of three, as rounding can send a token to another expert, but hardly each; a state's error accumulates.
     off = difference(whole[5:], again)
     if off.min() > rounding**0.5 or (model._is_stateful and off.max() > 100 * rounding):
-        raise UsageError(f"{name} does not go on from a cache as from the text itself; {DECODER}, or another --dtype")
+        raise UsageError(
+            f"{name} does not go on from a cache as from the text itself, with several tokens in a pass; {DECODER}, or "
+            "another --dtype"
+        )
 
 
 def difference(logits: Tensor, others: Tensor) -> Tensor:

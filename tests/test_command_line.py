@@ -287,7 +287,6 @@ BAD = [
     (["--chat-template-args", "[" * 100_000], "argument --chat-template-args: '[[["),
     (["--chat-template-args", '{"x": NaN}'], f"argument --chat-template-args: '{{\"x\": NaN}}' {ARGS_HELP}"),
     (["--chat-template-args", '{"x": 1e999}'], f"argument --chat-template-args: '{{\"x\": 1e999}}' {ARGS_HELP}"),
-    (["--chat-template-args", '{"tokenize": 0}'], f"argument --chat-template-args: '{{\"tokenize\": 0}}' {ARGS_HELP}"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--temp", "1"], "unrecognized arguments: --temp 1"),  # no abbreviations
     (["stray"], "unrecognized arguments: stray"),

@@ -143,6 +143,7 @@ def test_sizes_are_known_from_the_configuration_alone(tmp_path):
     assert files.quantization == files.notice == ""
     per_token = 2 * 8 * 256 * 2  # keys and values, of 8 heads, of 256 numbers, of 2 bytes: in each layer
     assert sd.cache_bytes(files.model, 5000) == per_token * (21 * 5000 + 21 * 4096)  # half of them have a window
+    assert sd.cache_bytes(files.model, 5000, is_compiled=True) == per_token * 42 * 5000
 
 
 def gemma4(shared):
@@ -223,7 +224,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch):
         assert f"{device} has " in said and f"KV cache of 500 tokens: {MAIN} 0.0 + 0.0, {DRAFT} 0.0 + 0.0" in said
         assert "try --dtype bfloat16, --device-map auto, or a smaller pair" in said
     # Compiled steps on a CPU keep a second copy of the weights.
-    twice = 1.05 * (models + sum(of.weight_bytes for of in files))
+    twice = 1.05 * sum(2 * of.weight_bytes + sd.cache_bytes(of.model, 500, True) for of in files)
     monkeypatch.setattr(sd, "free_memory", lambda of: twice + 1)
     sd.check_memory(files, torch.device("cpu"), 500, True)
     monkeypatch.setattr(sd, "free_memory", lambda of: twice - 1)
@@ -461,7 +462,7 @@ def test_decoders_read_from_left_to_right(family, dtype):
 def test_models_that_cannot_run_on_ids_with_a_cache_are_refused(tmp_path):
     sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}
     said = refusal(drafted, tmp_path / "a", transformers.OpenAIGPTConfig(**sizes))  # it has no cache at all
-    assert "does not go on from a cache as from the text itself; take a decoder" in said
+    assert "does not go on from a cache as from the text itself, with several tokens in a pass; take a decoder" in said
     small = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     said = refusal(drafted, tmp_path / "b", transformers.XmodConfig(**small, intermediate_size=48, is_decoder=True))
     assert f"cannot run {tmp_path}/b on token ids alone, with a cache: Input language unknown" in said
