@@ -206,7 +206,7 @@ def find_contradiction(given: Settings) -> str | None:
     """What two options contradict each other, and how to mend it: all such rules are here."""
     outputs = [os.path.realpath(path) for path in (given.json, given.svg) if path]
     read = (given.prompts or "prompts.txt", HERE / "prompts.txt", BUNDLED / "prompts.txt")
-    prompts = [os.path.realpath(path) for path in read if outputs]  # without, the folder may be gone
+    prompts = [os.path.realpath(path) for path in read]
     rules = (
         (given.demo and given.main, "--demo brings its own main model: leave out --main, or --demo"),
         (
@@ -1005,13 +1005,13 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-# The compiler takes packed weights only as constants, but leaves an operator alone that it does not know.
-OPERATORS = torch.library.Library("speculative_decoding", "DEF")
-OPERATORS.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
-OPERATORS.impl("packed_linear", packed_linear, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "speculative_decoding::packed_linear", lambda x, packed, bias: x.new_empty(*x.shape[:-1], packed.shape[0])
-)
+# The compiler takes packed weights only as constants, but leaves an operator alone that it does not know. This is
+# quicker to call than a torch.library.custom_op.
+PACKED_LINEAR = "speculative_decoding::packed_linear"
+if not hasattr(torch.ops.speculative_decoding, "packed_linear"):  # or the file is imported a second time
+    torch.library.define(PACKED_LINEAR, "(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+    torch.library.impl(PACKED_LINEAR, "default", packed_linear)
+    torch.library.register_fake(PACKED_LINEAR, lambda x, packed, bias: x.new_empty(*x.shape[:-1], packed.shape[0]))
 
 
 class StepLinear(torch.nn.Linear):
