@@ -1352,6 +1352,7 @@ class Method:
     draft: str | None = None  # as --draft names it; None: there is no draft
     draft_tokens: int | str | None = None  # K, or "auto"; None: it drafts nothing
     library: str | None = None  # what it is, if it is not ours but transformers'
+    recompiles: bool = False  # with texts of other lengths: so it is warmed up with each prompt
     costs: list | None = None  # of `measure_costs`, if it uses them: the seconds of a round of 0, 1, … draft tokens
     step_bytes: int | None = None  # of the main model's weights, which a step of the baseline reads; if that is known
     error: str | None = None  # why it cannot run
@@ -1439,7 +1440,8 @@ def library_methods(main: CachedModel, drafts: dict, sampler: Sampler, settings:
     is_compiled = isinstance(main, CompiledModel) and main.device.type in ("cuda", "xpu")
     kind, options = ("compiled", {"cache_implementation": "static"}) if is_compiled else ("eager", {})
     decode = functools.partial(decode_by_generate, main, None, sampler, options)
-    methods, names = [Method("generate()", decode, library=f"transformers' generate(), {kind}")], short_names(settings)
+    library = f"transformers' generate(), {kind}"
+    methods, names = [Method("generate()", decode, library=library, recompiles=is_compiled)], short_names(settings)
     for (name, draft), k in itertools.product(drafts.items(), settings.draft_tokens):
         if isinstance(draft, str | MixedDraft) or main.model._is_stateful:  # the library has none such
             continue
@@ -1548,13 +1550,7 @@ def benchmark(
 
     `announce`: told of each run before it begins: the question, and what is run.
     """
-    if not questions:  # of one of more processes than there are questions
-        return
     warm, count = set(), 0  # the labels of methods that are warmed up; prompts so far
-    # What generate() is warmed up with is as long as any prompt will be in its last turn: it sizes its cache by it.
-    longest = max(questions, key=lambda question: question.longest)
-    tokens = min(longest.longest, chat.context - chat.behind)
-    longest = dataclasses.replace(longest, ids=(longest.ids * tokens)[:tokens])
     for question in questions:
         while question:
             runs = {method.label: [] for method in methods}
@@ -1566,8 +1562,9 @@ def benchmark(
                 try:
                     for _ in range(0 if label in warm else settings.warmup):  # allocates memory, loads kernels, …
                         announce(question, f"warm-up, {label}")
-                        method.decode(longest if method.library else question)
-                    warm.add(label)
+                        method.decode(question)
+                    if not method.recompiles:
+                        warm.add(label)
                     announce(question, label)
                     runs[label].append(method.decode(question))
                 except Exception as error:  # above all: out of memory. It costs this outcome only.
@@ -3101,7 +3098,8 @@ def measure(ready: Ready, interrupt: Interrupt) -> tuple:
     results, written, console = ready.results, -math.inf, ready.console
     questions, settings, methods = ready.questions[RANK::PROCESSES], results.settings, results.methods
     turns = sum(1 + len(question.later) for question in questions)
-    counts = itertools.count(1), len(methods) * (settings.warmup + settings.repeats * turns)
+    warmups = sum(turns if method.recompiles else 1 for method in methods) * settings.warmup
+    counts = itertools.count(1), warmups + len(methods) * settings.repeats * turns
 
     def announce(question: Question, what: str) -> None:
         """Between the runs only: what redraws itself would take time from what is timed."""

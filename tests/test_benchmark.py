@@ -490,13 +490,13 @@ def test_generate_drafts_as_many_tokens_as_it_is_told():
         assert widths == [5 + k, 1 + k]
 
 
-def test_the_library_is_warmed_up_on_the_longest_prompt(llama, chat, monkeypatch):
+def test_what_recompiles_is_warmed_up_with_each_prompt(llama, chat, monkeypatch):
     """So that no timed run has a cache of another size, for which a compiled step would be compiled again."""
-    sizes, timed = [], []
+    made, runs = [], []
     real = transformers.cache_utils.StaticLayer.lazy_initialization
 
     def sized(layer, *arguments, **options):
-        sizes.append((timed[-1], layer.max_cache_len))
+        made.append((*runs[-1], layer.max_cache_len))
         return real(layer, *arguments, **options)
 
     monkeypatch.setattr(transformers.cache_utils.StaticLayer, "lazy_initialization", sized)
@@ -504,30 +504,15 @@ def test_the_library_is_warmed_up_on_the_longest_prompt(llama, chat, monkeypatch
     decode = functools.partial(sd.decode_by_generate, main, None, sd.Greedy(), {"cache_implementation": "static"})
     methods = [
         sd.Method("baseline", functools.partial(sd.decode_autoregressively, main, sd.Greedy())),
-        sd.Method("generate()", decode, library="transformers' generate()"),
+        sd.Method("generate()", decode, library="transformers' generate()", recompiles=True),
     ]
-    questions = [
-        dataclasses.replace(prompt_of(PROMPT[:n], n, 4), longest=longest) for n, longest in ((2, 2), (5, 30), (3, 3))
-    ]
-    results = measured(questions, methods, main, chat, lambda _, what: timed.append(what), warmup=1)
-    assert {what for what, _ in sizes} == {"warm-up, generate()", "generate()"}
-    (size,) = {size for _, size in sizes}
-    assert size >= 30 + 4 - 1
+    questions = [prompt_of(PROMPT[:n], n, 4) for n in (2, 5, 3)]
+    told = lambda question, what: runs.append((question.number, what))  # noqa: E731
+    results = measured(questions, methods, main, chat, told, warmup=1)
+    sizes = {what: {number: size for number, kind, size in made if kind == what} for what in {run[1] for run in runs}}
+    assert set(sizes["generate()"]) == {2, 5, 3} and sizes["generate()"] == sizes["warm-up, generate()"]
+    assert [run for run in runs if run[1] == "warm-up, baseline"] == [(2, "warm-up, baseline")]
     assert all(result.outcomes["generate()"].verdict.kind == "identical" for result in results)
-
-
-def test_it_is_not_warmed_up_beyond_what_the_models_can_read(chat):
-    """A conversation whose last turn may not fit: gpt2 has an embedding for each of 256 positions, and no more."""
-    model = make_model("gpt2")
-    main, short = sd.CachedModel(model), dataclasses.replace(chat, context=256)
-    decode = functools.partial(sd.decode_by_generate, main, None, sd.Greedy(), {})
-    methods = [
-        sd.Method("baseline", functools.partial(sd.decode_autoregressively, main, sd.Greedy())),
-        sd.Method("generate()", decode, library="transformers' generate()"),
-    ]
-    question = dataclasses.replace(prompt_of(PROMPT, 1, 4), longest=300)
-    (result,) = measured([question], methods, main, short, warmup=1)
-    assert result.outcomes["generate()"].error is None
 
 
 def test_sampled_texts_of_the_library_are_the_same_each_time(llama):
