@@ -206,7 +206,7 @@ def find_contradiction(given: Settings) -> str | None:
     """What two options contradict each other, and how to mend it: all such rules are here."""
     outputs = [os.path.realpath(path) for path in (given.json, given.svg) if path]
     read = (given.prompts or "prompts.txt", HERE / "prompts.txt", BUNDLED / "prompts.txt")
-    prompts = [os.path.realpath(path) for path in read]
+    prompts = [os.path.realpath(path) for path in read if outputs]
     rules = (
         (given.demo and given.main, "--demo brings its own main model: leave out --main, or --demo"),
         (
@@ -1069,12 +1069,13 @@ class CompiledModel(CachedModel):
         super().__init__(model, vocabulary, device)
         self.step(Greedy().sample, torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates the cache
         self.lengths = [layer.cumulative_length for layer in static if type(layer) is StaticLayer]  # [] each
-        # Quantised layers are of other classes and stay as they are; so do models that fit into a processor's caches.
+        # Quantised layers are of other classes and stay as they are; so do models of small layers, for caches.
         self.linears = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, StepLinear)]
         if self.device.type != "cpu" or max((layer.weight.nbytes for layer in self.linears), default=0) < SMALL_WEIGHT:
             self.linears = []
+        streams = self.device.type == "cpu" and "AMD" in device_name(self.device)
         for layer in self.linears:
-            layer.__class__, layer.streams = StepLinear, "AMD" in device_name(self.device)
+            layer.__class__, layer.streams = StepLinear, streams
 
     def limited_to(self, widths: tuple[int, ...]) -> "CompiledModel":
         """The same model, cache and steps, for verify passes of these numbers of tokens."""
@@ -1115,7 +1116,7 @@ class CompiledModel(CachedModel):
     def step(self, then: Callable, ids: Tensor, uniform: Tensor | None = None, logits_to_keep: int = 1) -> Any:
         """As CachedModel's; compiled where `compile` was asked to, for the smallest bound that holds what it reads."""
         tokens = ids.shape[1]
-        if logits_to_keep == 1 and 2 < tokens <= 12 and self.steps:  # a draft that was not asked for some rounds
+        if logits_to_keep == 1 and 2 < tokens <= 12 and self.steps:  # a draft that was not asked for a few rounds
             self.step(then, ids[:, :2].contiguous(), uniform)
             return self.step(then, ids[:, 2:].contiguous(), uniform)
         self.cache.filled += tokens
@@ -1178,7 +1179,8 @@ def compile_steps(main: CompiledModel, drafts: dict, sampler: Sampler, lengths: 
     steps = [(main, sampler.sample, 1, 1), *((main, sampler.score, width, 0) for width in sorted(widths))]
     models = {model: None for draft in drafts.values() if isinstance(draft, Draft) for model in draft.models}
     models = [model for model in models if isinstance(model, CompiledModel)]
-    draft_tokens = (2,) if widths == {2} else (1, 2)  # K = 1 never feeds a draft its own tokens
+    is_mixed = MixedDraft in map(type, drafts.values())  # then a model may catch up by one token
+    draft_tokens = (1, 2) if is_mixed or widths != {2} else (2,)  # K = 1 never feeds a draft its own tokens
     steps += [(model, sampler.sample_draft, tokens, 1) for model in models for tokens in draft_tokens]
     steps = [(*step, bound) for step in steps for bound in main.bounds]
     took = ""
@@ -1240,12 +1242,10 @@ class RecurrentModel(CachedModel):
         self.saved = []  # before each pass since the last roll-back: the length, and the states
         self.recent = self.unread = torch.empty(1, 0, dtype=torch.long, device=self.device)  # recent: read since then
 
-    def states(self) -> list[Tensor]:
-        """What a pass overwrites: the convolution and recurrent states of all layers."""
-        states = []
-        for layer in self.cache.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                states += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    def states(self, kinds: tuple = ("conv_states", "recurrent_states")) -> list[Tensor]:
+        """What a pass overwrites: the convolution's and the recurrent states of all layers."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        states = [state for layer in layers for kind in kinds for state in getattr(layer, kind).values()]
         return [state for state in states if state is not None]
 
     def prefill(self, prompt_ids: Tensor, rolls_back: bool = True) -> Tensor:
@@ -1424,7 +1424,8 @@ def our_methods(main: CachedModel, drafts: dict, sampler: Sampler, settings: Set
         elif k == "auto":
             try:
                 ids = torch.tensor([prompt.ids], device=main.device)
-                costs = measure_costs(model, draft, sampler, ids, widths)
+                priced = draft.model if isinstance(draft, MixedDraft) else draft  # n-grams cost next to nothing
+                costs = measure_costs(model, priced, sampler, ids, widths)
                 schedule = AutoSchedule(costs, reads=main.device.type == "cpu")
             except Exception as failure:  # above all: out of memory
                 error = f"what passes cost cannot be measured: {one_line(failure)}"
@@ -1846,7 +1847,7 @@ def three_digits(value: Maybe) -> str:
     """A number with about three significant digits; a dash for None."""
     if value is None:
         return "–"
-    if abs(value) >= 100:
+    if abs(value) >= 99.95:
         return f"{value:.0f}"
     return f"{value:#.3g}" if abs(value) >= 1 else f"{value:.3f}"
 
@@ -1863,7 +1864,7 @@ def share(value: Maybe) -> str:
 
 def gain(value: Maybe) -> Text:
     """A speedup in percent, in a colour."""
-    return Text(percent(value, "+"), "green" if (value or 0) > 0 else "red")
+    return Text(percent(value, "+"), "" if value is None else "green" if value > 0 else "red")
 
 
 def counted(count: int, noun: str) -> str:
@@ -2303,7 +2304,7 @@ def read_questions(path: str, limit: int | None = None) -> list:
             questions.append(parse_question(entry, len(questions) + 1))
         except UsageError as error:  # of many rows, some are unusable: it matters if all are
             trouble = f"{where}, {error}" if not questions else trouble
-            questions.append(Question("", len(questions) + 1, error=str(error)))
+            questions.append(Question("", len(questions) + 1, question_id=f"{unit} {number}", error=str(error)))
     usable = [question for question in questions if not question.error]
     if not usable:
         raise UsageError(trouble)
@@ -2319,7 +2320,7 @@ def parse_question(entry: Any, number: int) -> Question:
     key = next((key for key in KEYS if entry.get(key) is not None), "prompt")
     content, category, question_id = entry.get(key), entry.get("category"), entry.get("question_id")
     several = content if key in LISTS and isinstance(content, list) else [content]
-    messages = [parse_message(message, key) for message in several]
+    messages = list(filter(None, [parse_message(message, key) for message in several]))
     if key == "turns":  # what the user says; answers are the baseline's own
         messages = [message for message in messages if message["role"] == "user"]
     while messages and messages[-1]["role"] != "user":  # an answer to the last question
@@ -2343,8 +2344,11 @@ def parse_question(entry: Any, number: int) -> Question:
     )
 
 
-def parse_message(message: Any, key: str) -> dict:
-    """{"role": …, "content": …} of a message or a text of the user's, from this key; joins parts."""
+def parse_message(message: Any, key: str) -> dict | None:
+    """{"role": …, "content": …} of a message or a text of the user's, from this key; joins parts.
+
+    None if it says nothing and is not the user's, as an answer that only calls a tool. Raises UsageError.
+    """
     role = "user"
     if isinstance(message, dict):
         role = ROLES.get(str(message.get("role", message.get("from"))))
@@ -2354,6 +2358,8 @@ def parse_message(message: Any, key: str) -> dict:
     with contextlib.suppress(KeyError, TypeError):  # it has no parts {"type": "text", "text": …}
         message = "\n".join([part["text"] for part in message])
     text = message if isinstance(message, str) else ""
+    if role != "user" and not text.strip():
+        return None
     for pattern, why in UNUSABLE.items():
         if re.match(pattern, text):
             raise UsageError(f"{key}: {why}")
@@ -2377,15 +2383,19 @@ class Chat:
     def encode(self, question: Question) -> Question:
         """The question with its ids, and where its output ends; with an error if it does not fit."""
         hint = "check --chat-template-args" if self.template_args else "--no-chat-template feeds it as it is"
-        with cli_errors(f"put prompt {question.label} into the chat template", hint):
-            ids = self.ids_of(question.text, question.earlier)
-            # Of each further turn: 8 tokens end an answer in the template.
-            turns = [self.max_new_tokens + 8 + len(self.ids_of(text)) for text in question.later]
-        if not ids or max(ids) >= self.vocabulary:
-            raise UsageError(f"prompt {question.label} has no tokens, or some that the main model lacks; leave it out")
+        try:
+            with cli_errors("put it into the chat template", hint):
+                ids = self.ids_of(question.text, question.earlier)
+                # Of each further turn: 8 tokens end an answer in the template.
+                turns = [self.max_new_tokens + 8 + len(self.ids_of(text)) for text in question.later]
+            if not ids or max(ids) >= self.vocabulary:
+                raise UsageError("it has no tokens, or some that the main model lacks")
+        except UsageError as error:
+            return dataclasses.replace(question, error=str(error))
         end, error, room = len(ids) + self.behind, None, f"with {self.behind} tokens for output and draft,"
         if end > self.context:
-            error = f"{room} it exceeds the context of {self.context} (the {self.limited_by} model's limit)"
+            limit = f"the context of {self.context} (the {self.limited_by} model's limit)"
+            error = f"{room} it exceeds {limit}; shorten it, or lower --max-new-tokens or --draft-tokens"
         for position, name in self.switches:
             if len(ids) <= position < end:
                 error = f"{room} it crosses {position}, where {name} reads differently"
@@ -2416,13 +2426,9 @@ class Chat:
             text=text,
             earlier=(*question.earlier, {"role": "user", "content": question.text}, answer),
             later=tuple(later),
+            error=f"turn {question.turn} has no answer to go on from" if answer_ids is None else None,
         )
-        try:
-            if answer_ids is None:
-                raise UsageError(f"turn {question.turn} has no answer to go on from")
-            return self.encode(turn)
-        except UsageError as error:
-            return dataclasses.replace(turn, error=str(error))
+        return turn if turn.error else self.encode(turn)
 
     def decode(self, ids: tuple) -> str:
         """The text of these ids, without special tokens."""
@@ -2470,10 +2476,9 @@ def fitting(chat: Chat, questions: list) -> tuple:
     for question in encoded:
         by_reason[question.error].append(question.label)
     if not by_reason.pop(None, None):
-        reason = next(question.error for question in encoded if question.ids)
-        raise UsageError(f"no prompt fits: {reason}; shorten them, or lower --max-new-tokens, --draft-tokens")
-    total = len(encoded)
-    notices = [f"{len(of)} of {total} prompts left out (first: {of[0]}): {why}." for why, of in by_reason.items()]
+        reason, _ = max(by_reason.items(), key=lambda pair: len(pair[1]))
+        raise UsageError(f"no prompt can be read: {reason}")
+    notices = [f"{counted(len(of), 'prompt')} left out (first: {of[0]}): {why}." for why, of in by_reason.items()]
     return [question for question in encoded if not question.error], notices
 
 
@@ -2652,7 +2657,7 @@ def free_memory(device: torch.device) -> int:
 def cache_bytes(model: PreTrainedModel, tokens: int, is_compiled: bool = False) -> int:
     """The bytes of a text's KV cache: what a model of meta tensors stores for a token, as often as it keeps it.
 
-    A compiled cache has room for the whole text, also in layers with a sliding window.
+    A compiled cache has room for the whole text, also in layers with a sliding window; an eager one reads the prompt.
     """
     layers, total = [], 0
     small = copy.deepcopy(model).bfloat16()  # experts in float32 do not run on meta tensors
@@ -2662,7 +2667,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int, is_compiled: bool = False) 
         if getattr(layer, "keys", None) is not None:
             window = None if is_compiled else getattr(layer, "sliding_window", None)
             total += min(tokens, window or tokens) * (layer.keys.numel() + layer.values.numel())
-    return total * model.dtype.itemsize
+    return total * model.dtype.itemsize * (2 if is_compiled else 1)
 
 
 def check_memory(files: list, device: torch.device, tokens: int, is_compiled: bool = False) -> None:
@@ -2670,7 +2675,7 @@ def check_memory(files: list, device: torch.device, tokens: int, is_compiled: bo
     needed, parts = 0.0 if device.type == "cpu" else 1.0, []  # 1 GB: an accelerator's libraries
     for of in files:
         weights, cache = of.weight_bytes / 1e9, cache_bytes(of.model, tokens, is_compiled) / 1e9
-        if is_compiled and device.type == "cpu":  # StepLinear's second copy
+        if is_compiled and device.type == "cpu" and not of.model._is_stateful:  # StepLinear's second copy, at most
             weights *= 2
         needed += 1.05 * (weights + cache)  # and something to work in
         parts.append(f"{of.name} {weights:.1f} + {cache:.1f}")
@@ -2718,26 +2723,30 @@ def check_reading(model: PreTrainedModel, name: str, device: torch.device) -> No
     """Raise UsageError unless a model reads ids from left to right, and goes on from its cache.
 
     It is asked itself, on its weights: many a model that reads both ways (BERT, XLNet) is among the library's causal
-    ones, and runs, but predicts each token from those that follow it, too.
+    ones, and runs, but predicts each token from those that follow it, too. Mamba 1, as the library has it, begins each
+    pass of several tokens with an empty state, which changes less than rounding does in bfloat16.
     """
-    with cli_errors(f"run {name} on token ids alone, with a cache", DECODER), torch.no_grad():
+    with cli_errors(f"run {name} on token ids alone, with a cache", DECODER), torch.inference_mode():
         cached, ids = cached_model(model, None, device), torch.arange(10, 18, device=device)[None]
         whole = model(ids, use_cache=False).logits[0]
         changed = model(torch.cat([ids[:, :4], ids[:, :4]], dim=1), use_cache=False).logits[0]
         cached.prefill(ids[:, :4])
-        cached.forward(ids[:, 4:])
+        together = cached.forward(ids[:, 4:])
         cached.roll_back(3)
         again = torch.cat([cached.forward(ids[:, place : place + 1]) for place in (5, 6, 7)])
-    rounding = torch.finfo(whole.dtype).eps
+        if model._is_stateful:
+            cached.prefill(ids[:, :4])
+            for state in cached.states(("recurrent_states",)):
+                state.zero_()
+            if cached.forward(ids[:, 4:]).equal(together):
+                raise UsageError(f"{name} reads several tokens as if there were no state before them; {DECODER}")
+    rounding = torch.finfo(model.dtype).eps
     if difference(whole[:4], changed[:4]).min() > min(100 * rounding, 0.1):  # of the same shapes: hardly any rounding
         raise UsageError(f"{name} reads both ways: a later token changes what it says of earlier ones; {DECODER}")
     # The least of three, as rounding can send a token to another expert, but hardly each; a state's error accumulates.
     off = difference(whole[5:], again)
     if off.min() > rounding**0.5 or (model._is_stateful and off.max() > 100 * rounding):
-        raise UsageError(
-            f"{name} does not go on from a cache as from the text itself, with several tokens in a pass; {DECODER}, or "
-            "another --dtype"
-        )
+        raise UsageError(f"{name} does not go on from a cache as from the text itself; {DECODER}, or another --dtype")
 
 
 def difference(logits: Tensor, others: Tensor) -> Tensor:
@@ -2803,7 +2812,7 @@ def unapplied_settings(files: ModelFiles, temperature: float) -> str:
     if stated.get("do_sample") and not temperature:
         told += [f"{key} {stated[key]}" for key in SAMPLING.split() if key in stated]
         told[-1] += " (--temperature, --top-k, --top-p sample)"
-    return plain(f"Not applied of the generation settings of {files.name}: {', '.join(told)}.") if told else ""
+    return f"Not applied of the generation settings of {files.name}: {', '.join(told)}." if told else ""
 
 
 def read_draft(name: str, main: ModelFiles, tokenizer: Any, device: torch.device) -> tuple:
@@ -2993,9 +3002,6 @@ def try_to_compile(
     """What `build` makes, with its steps compiled; None if it is to run eagerly."""
     if settings.compile == "off":
         return None
-    if loaded[settings.main]._is_stateful:
-        console.print(f"{plain(settings.main)} runs eagerly: it keeps a state, which compiled steps cannot put back.")
-        return None
     try:
         built = build(settings, loaded, models, bounds)
         compile_steps(*built, settings.draft_tokens, functools.partial(stderr.print, style="dim"))
@@ -3016,12 +3022,15 @@ def prepare(given: Settings, scratch: str) -> Ready:
         save(path, option, None)  # better to fail now than when all is measured
 
     models = read_models(settings, device)
+    if settings.compile == "on" and models.files[settings.main].model._is_stateful:
+        notices.append(f"{settings.main} runs eagerly: it keeps a state, which compiled steps cannot put back.")
+        settings = dataclasses.replace(settings, compile="off")
     chat = make_chat(settings, models)
     questions, left_out = fitting(chat, read_questions(settings.prompts, settings.limit))
     notices += [*left_out, unapplied_settings(models.files[settings.main], settings.temperature)]
     notices += [files.notice for files in models.files.values()]
     for notice in filter(None, notices):
-        console.print(notice)
+        console.print(plain(notice))
     longest = min(chat.context, max(question.longest for question in questions))
     lengths = [length + chat.behind + 2 for length in (longest, *(len(question.ids) for question in questions))]
     if not settings.device_map:

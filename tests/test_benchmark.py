@@ -18,6 +18,7 @@ from helpers import (
     ids_of,
     like,
     make_model,
+    mixed,
     prompt_of,
     speculate,
 )
@@ -267,6 +268,22 @@ def test_a_draft_that_could_not_be_loaded_is_a_row_of_each_length(chat):
         "ngram, K = 2": None,
         "ngram, K = 3": None,
     }
+
+
+def test_the_costs_of_a_mixed_draft_are_those_of_its_model():
+    """Also behind a prompt whose last pair of tokens stands in it before, where n-grams would do all the drafting."""
+    model, read = make_model("llama"), []
+    draft = mixed(like(model, 0.05))
+    draft.model.model.model.get_input_embeddings().register_forward_pre_hook(lambda *_: read.append(1))
+    prompt = prompt_of([7, 7, 3, 9, 7], 1, 4)
+    (_, method) = sd.our_methods(
+        sd.CachedModel(model),
+        {"ngram+A": draft},
+        sd.Greedy(),
+        settings(draft=("ngram+A",), draft_tokens=("auto",)),
+        prompt,
+    )
+    assert method.costs and len(read) > 8 * 15  # in each of the rounds with 15 draft tokens, 15 passes
 
 
 # What outputs are judged to be

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from helpers import baseline, counts_of, like, make_model, prompt_of, speculate, with_more_tokens
+from helpers import baseline, counts_of, like, make_model, mixed, prompt_of, speculate, with_more_tokens
 from torch._dynamo.utils import counters
 from torch._inductor import config, cudagraph_utils
 from torch._inductor.async_compile import AsyncCompile
@@ -192,6 +192,13 @@ def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths,
         {("sample_draft", 1)} if lengths != (1,) else set()
     )
     assert len(graphs) == len(announced) == len(main.steps) + len(draft.steps)
+
+
+def test_a_model_that_catches_up_behind_ngrams_needs_a_step_of_one_token(graphs):
+    sampler, model = sd.Greedy(), make_model("llama")
+    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
+    sd.compile_steps(main, {"mix": mixed(draft)}, sampler, (1,), lambda line: None)
+    assert {key[:2] for key in draft.steps} == {("sample_draft", 1), ("sample_draft", 2)}
 
 
 def test_without_a_draft_model_only_the_main_models_steps_are_compiled(graphs):

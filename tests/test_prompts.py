@@ -228,8 +228,8 @@ def test_unusable_rows_among_others_are_left_out_with_a_notice_and_are_no_part_o
     assert [(question.number, question.text) for question in fits] == [(2, "a"), (4, "b")]
     why = next(iter(sd.UNUSABLE.values()))
     assert notices == [
-        f"2 of 5 prompts left out (first: 1): messages: {why}.",
-        f"1 of 5 prompts left out (first: 3): turns: {why}.",
+        f"2 prompts left out (first: line 1): messages: {why}.",
+        f"1 prompt left out (first: line 3): turns: {why}.",
     ]
 
 
@@ -260,6 +260,7 @@ PARTS = [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}]
         ({"instruction": "i", "context": ""}, "i", [], []),
         ({"prompt": "p", "context": "c"}, "p", [], []),
         ({"messages": [*TALK, LAST]}, "v", TALK, []),
+        ({"messages": [{"role": "system", "content": ""}, LAST, {"role": "assistant", "content": None}]}, "v", [], []),
         ({"messages": TALK}, "u", TALK[:1], []),
         ({"conversations": SHARED}, "u", TALK[:1], []),
         ({"id": "x", "conversations": [*SHARED, ASKED, SHARED[2]]}, "v", TALK, []),
@@ -326,19 +327,33 @@ def test_a_template_that_shows_the_text_in_some_form_is_used(template):
 )
 def test_a_template_that_drops_the_text_is_named(template):
     question = sd.Question("What does heapq.merge do?", 1, earlier=tuple(TALK))
-    message = refusal(chat_of(with_template(template), {}).encode, question)
+    message = chat_of(with_template(template), {}).encode(question).error
     assert f"the chat template of {MAIN} drops what the user says: try --no-chat-template" in message
 
 
 def test_a_later_turn_that_is_dropped_is_seen_too():
     template = "{% if 'second' not in messages[-1].content | string %}{{ messages[-1].content }}{% endif %}"
     question = sd.Question("first", 1, 1, later=("second",))
-    assert "drops what the user says" in refusal(chat_of(with_template(template), {}).encode, question)
+    assert "drops what the user says" in chat_of(with_template(template), {}).encode(question).error
 
 
 def test_a_template_that_fails_says_why():
-    message = refusal(chat_of(with_template("{{ raise_exception('no such role') }}"), {}).encode, sd.Question("a", 1))
-    assert message == "cannot put prompt 1 into the chat template: no such role; --no-chat-template feeds it as it is"
+    chat = chat_of(with_template("{{ raise_exception('no such role') }}"), {})
+    why = "cannot put it into the chat template: no such role; --no-chat-template feeds it as it is"
+    assert chat.encode(sd.Question("a", 1)).error == why
+    assert refusal(sd.fitting, chat, [sd.Question("a", 1)]) == f"no prompt can be read: {why}"
+
+
+def test_prompts_that_the_template_refuses_are_left_out():
+    """As Gemma 2's refuses a system message."""
+    chat = chat_of(
+        with_template("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}"),
+        {},
+    )
+    questions = [sd.Question("a", 1), sd.Question("b", 2, question_id=81, earlier=tuple(TALK)), sd.Question("c", 3)]
+    fits, (notice,) = sd.fitting(chat, questions)
+    assert [question.number for question in fits] == [1, 3]
+    assert notice.startswith("1 prompt left out (first: 81): cannot put it into the chat template: no; ")
 
 
 def test_arguments_reach_the_template():
@@ -348,10 +363,10 @@ def test_arguments_reach_the_template():
     counts = [len(chat_of(tokenizer, args).encode(question).ids) for args in ({}, {"enable_thinking": False})]
     assert counts[0] > counts[1] == len(tokenizer(question.text)["input_ids"])
     for bad in ({"more": "x"}, {"tools": 3}, {"continue_final_message": True}):
-        message = refusal(chat_of(tokenizer, bad).encode, question)
-        assert message.startswith("cannot put prompt 1 into the chat template: ")
+        message = chat_of(tokenizer, bad).encode(question).error
+        assert message.startswith("cannot put it into the chat template: ")
         assert message.endswith("; check --chat-template-args")
-    message = refusal(chat_of(with_template(None), {"enable_thinking": False}).encode, question)
+    message = chat_of(with_template(None), {"enable_thinking": False}).encode(question).error
     assert "chat_template is not set" in message and message.endswith("; check --chat-template-args")
 
 
@@ -413,6 +428,7 @@ def test_the_context_is_used_to_its_end(tokenizer):
     too_long = chat_of(tokenizer, new=fits + 1).encode(question)
     assert too_long.error == (
         f"with {fits + 3} tokens for output and draft, it exceeds the context of 1024 (the main model's limit)"
+        "; shorten it, or lower --max-new-tokens or --draft-tokens"
     )
     # Costs are measured with a round behind a prompt, whose output can be shorter than that.
     assert chat_of(tokenizer, new=1, room=0, context=tokens + 1).encode(question).error
@@ -428,14 +444,15 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_notice_for_each_reason(toke
     fits, notices = sd.fitting(chat_of(tokenizer, **limits), questions)
     assert [question.number for question in fits] == [1, 5]
     assert [len(question.ids) for question in fits] == [tokens[0], tokens[4]]
-    left_out, room = "of 5 prompts left out", "with 22 tokens for output and draft, it"
+    room = "with 22 tokens for output and draft, it"
     assert notices == [
-        f"2 {left_out} (first: 2): {room} exceeds the context of {tokens[1] - 1} (the draft model's limit).",
-        f"1 {left_out} (first: 3): {room} crosses {tokens[2] + 5}, where some/model reads differently.",
+        f"2 prompts left out (first: 2): {room} exceeds the context of {tokens[1] - 1} (the draft model's limit)"
+        "; shorten it, or lower --max-new-tokens or --draft-tokens.",
+        f"1 prompt left out (first: 3): {room} crosses {tokens[2] + 5}, where some/model reads differently.",
     ]
     assert sd.fitting(chat_of(tokenizer), questions[:1]) == ([chat_of(tokenizer).encode(questions[0])], [])
     message = refusal(sd.fitting, chat_of(tokenizer, **limits), questions[1:2])
-    assert f"exceeds the context of {tokens[1] - 1} (the draft model's limit); shorten them, or lower --max" in message
+    assert f"exceeds the context of {tokens[1] - 1} (the draft model's limit); shorten it, or lower --max" in message
 
 
 def test_a_prompt_crosses_a_position_or_does_not(tokenizer):
@@ -450,8 +467,8 @@ def test_a_prompt_crosses_a_position_or_does_not(tokenizer):
 def test_ids_that_the_model_lacks_are_refused(tokenizer):
     ids = chat_of(tokenizer).encode(sd.Question("What does zip do?", 1)).ids
     assert chat_of(tokenizer, vocabulary=max(ids) + 1).encode(sd.Question("What does zip do?", 1)).ids == ids
-    message = refusal(chat_of(tokenizer, vocabulary=max(ids)).encode, sd.Question("What does zip do?", 1))
-    assert "prompt 1 has no tokens, or some that the main model lacks" in message
+    error = chat_of(tokenizer, vocabulary=max(ids)).encode(sd.Question("What does zip do?", 1)).error
+    assert error == "it has no tokens, or some that the main model lacks"
 
 
 # Conversations
@@ -505,13 +522,14 @@ def test_a_turn_that_cannot_be_asked_has_an_error(tokenizer):
     second = chat.follow_up(first, first.ids[:5])
     assert second.turn == 2 and second.error == (
         "with 22 tokens for output and draft, it exceeds the context of 1024 (the draft model's limit)"
+        "; shorten it, or lower --max-new-tokens or --draft-tokens"
     )
     third = chat.follow_up(second, None)
     assert (third.turn, third.text, third.error) == (3, "Why?", "turn 2 has no answer to go on from")
     assert chat.follow_up(third, None) is None
     template = "{{ messages[-1].content }}{% if messages | length > 1 %}{{ raise_exception('too many') }}{% endif %}"
     failed = chat_of(with_template(template), {}).follow_up(first, first.ids[:5])
-    assert failed.error.startswith("cannot put prompt 1.2 into the chat template: too many; ") and failed.ids == ()
+    assert failed.error.startswith("cannot put it into the chat template: too many; ") and failed.ids == ()
 
 
 def test_ids_that_json_cannot_hold_become_text(tmp_path):
