@@ -2291,11 +2291,12 @@ def read_questions(path: str, limit: int | None = None) -> list:
     with contextlib.suppress(ValueError, RecursionError):
         if is_json and isinstance(entries := json.loads(data), list):
             lines, unit = [json.dumps(entry).encode() for entry in entries], "object"
-    questions, trouble = [], f"{path} has no prompts; write one on each line"
+    questions = []
     for number, line in enumerate(lines, 1):
-        where = f"{path}, {unit} {number}"
-        kind = "JSON" if is_json else "UTF-8"
-        with cli_errors(f"read {where}: this is not {kind}", "save it as UTF-8; JSON as a list, or an object a line"):
+        kind, where = "JSON" if is_json else "UTF-8", f"{unit} {number}"
+        with cli_errors(
+            f"read {path}, {where}: this is not {kind}", "save it as UTF-8; JSON as a list, or an object a line"
+        ):
             text = line.decode("utf-8-sig").strip()
             if not text or text.startswith("#"):
                 continue
@@ -2303,14 +2304,15 @@ def read_questions(path: str, limit: int | None = None) -> list:
         try:
             questions.append(parse_question(entry, len(questions) + 1))
         except UsageError as error:  # of many rows, some are unusable: it matters if all are
-            trouble = f"{where}, {error}" if not questions else trouble
-            questions.append(Question("", len(questions) + 1, question_id=f"{unit} {number}", error=str(error)))
+            questions.append(Question("", len(questions) + 1, question_id=where, error=str(error)))
+    if not questions:
+        raise UsageError(f"{path} has no prompts; write one on each line")
     usable = [question for question in questions if not question.error]
     if not usable:
-        raise UsageError(trouble)
+        raise UsageError(f"{path}, {questions[0].label}, {questions[0].error}")
     ranks = defaultdict(itertools.count)  # each question's place within its category
-    in_turns = sorted(usable, key=lambda question: next(ranks[question.category]))
-    chosen = {question.number for question in in_turns[:limit]}
+    ranked = sorted(usable, key=lambda question: next(ranks[question.category]))
+    chosen = {question.number for question in ranked[:limit]}
     return [question for question in questions if question.error or question.number in chosen]
 
 
