@@ -1069,7 +1069,7 @@ class CompiledModel(CachedModel):
         super().__init__(model, vocabulary, device)
         self.step(Greedy().sample, torch.zeros(1, 1, dtype=torch.long, device=self.device))  # allocates the cache
         self.lengths = [layer.cumulative_length for layer in static if type(layer) is StaticLayer]  # [] each
-        # Quantised layers are of other classes and stay as they are; so do models of small layers, for caches.
+        # Quantised layers are of other classes and stay as they are; so do those of a model that has no large one.
         self.linears = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, StepLinear)]
         if self.device.type != "cpu" or max((layer.weight.nbytes for layer in self.linears), default=0) < SMALL_WEIGHT:
             self.linears = []
