@@ -241,12 +241,13 @@ def test_a_model_without_a_state_or_with_short_convolutions_is_cropped(llama, mo
     assert type(sd.cached_model(llama, 50, None)) is sd.CachedModel
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", REFUSED)
+SEEN = [(name, dtype) for name in REFUSED for dtype in (torch.float32, torch.bfloat16)]
+SEEN.remove(("nemotron_h_clamped", torch.bfloat16))  # what the clamp changes is less than rounding
+
+
+@pytest.mark.parametrize(("name", "dtype"), SEEN)
 def test_a_model_that_does_not_go_back_is_refused_with_what_is_missing(name, dtype, monkeypatch):
     config, why = REFUSED[name]
-    if name == "nemotron_h_clamped" and dtype == torch.bfloat16:
-        pytest.skip("what the clamp changes is less than rounding")
     monkeypatch.setitem(FAMILIES, name, config)
     with pytest.raises(sd.UsageError, match=why) as refused:
         sd.check_reading(make_model(name, dtype=dtype), name, torch.device("cpu"))
