@@ -1029,9 +1029,9 @@ class StepLinear(torch.nn.Linear):
         return self.weight.dtype == torch.bfloat16 or tokens > (1 if self.streams else 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.numel() // self.in_features
         if not torch.compiler.is_compiling():
             return super().forward(x)
+        tokens = x.numel() // self.in_features
         if self.streams and tokens == 1:
             output = (self.weight.float() * x.unsqueeze(-2).float()).sum(-1).to(x.dtype)
             return output if self.bias is None else output + self.bias
