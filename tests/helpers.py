@@ -11,22 +11,15 @@ import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, whose threads would wait for each other
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # tests run in several processes, whose threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import speculative_decoding as sd  # noqa: E402
 
 VOCABULARY = 61
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
+PLAIN = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+SHAPE = {**PLAIN, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+SHAPE |= {"max_position_embeddings": 256, "pad_token_id": 0}
 GPT2_SHAPE = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 WINDOW = {"sliding_window": 8}  # far shorter than the texts
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
@@ -42,23 +35,13 @@ FAMILIES = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**SHAPE, **ALTERNATING, head_dim=8),
     "phi": lambda: transformers.PhiConfig(**SHAPE),
     "phi3": lambda: transformers.Phi3Config(**SHAPE, **WINDOW),
-    "opt": lambda: transformers.OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        ffn_dim=48,
-        max_position_embeddings=256,
-    ),
+    "opt": lambda: transformers.OPTConfig(**PLAIN, word_embed_proj_dim=32, num_attention_heads=4, ffn_dim=48),
     "gpt2": lambda: transformers.GPT2Config(**GPT2_SHAPE),
     "gptj": lambda: transformers.GPTJConfig(**GPT2_SHAPE, rotary_dim=4),
     "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2_SHAPE),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}),
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-    "falcon": lambda: transformers.FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
-    ),
+    "falcon": lambda: transformers.FalconConfig(**PLAIN, num_attention_heads=4),
     "cohere": lambda: transformers.CohereConfig(**SHAPE),
     "cohere2": lambda: transformers.Cohere2Config(**SHAPE, **ALTERNATING),
     "olmo": lambda: transformers.OlmoConfig(**SHAPE),
@@ -67,16 +50,29 @@ FAMILIES = {
     "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
     "starcoder2": lambda: transformers.Starcoder2Config(**SHAPE, **WINDOW),
     "gpt_oss": lambda: transformers.GptOssConfig(**SHAPE, **ALTERNATING, head_dim=8, num_local_experts=4),
+    "mistral3": lambda: mistral3(transformers.MistralConfig(**SHAPE, **WINDOW, head_dim=8)),
+    "mistral3_scaled": lambda: mistral3(transformers.Ministral3Config(**SHAPE | SCALED, head_dim=8)),
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN |= {"llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+SCALED = {"rope_parameters": YARN, "max_position_embeddings": 64}  # behind the 16th token, queries are scaled, too
 
 
-def make_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A random model of a family, with weights large enough that its greedy text is varied."""
+def mistral3(text):
+    """A model for images and text with a tiny vision tower."""
+    vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=2)
+
+
+def make_model(family, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """A random model of a family, or of a configuration, with weights large enough that its greedy text is varied."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
-    config.tie_word_embeddings = False  # tied, random models repeat one token for ever
-    config.bos_token_id = config.eos_token_id = None
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    config = FAMILIES[family]() if isinstance(family, str) else family
+    for each in (config, config.get_text_config()):
+        each.tie_word_embeddings = False  # tied, random models repeat one token for ever
+        each.bos_token_id = each.eos_token_id = None
+    kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    model = next(kind for kind in kinds if type(config) in kind._model_mapping).from_config(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight is model.get_input_embeddings().weight:
@@ -125,7 +121,7 @@ def prompt_of(tokens, number=0, new=32, end=frozenset()):
 
 
 def generation_of(tokens, latency=1.0, first=None, rounds=(), log_likelihood=0.0):
-    """A generation as if it had been measured; rounds: (drafted, accepted[, draft_s, verify_s, round_s]) of each."""
+    """A generation as if it had been measured; rounds: (drafted, accepted[, draft_s, verify_s, seconds]) of each."""
     return sd.Generation(tuple(tokens), latency, first, tuple(sd.Round(*each) for each in rounds), log_likelihood)
 
 
@@ -140,9 +136,7 @@ def baseline(model, prompt, new=32, end=frozenset(), sampler=None, number=0):
     return sd.decode_autoregressively(model, sampler or sd.Greedy(), prompt_of(prompt, number, new, end))
 
 
-def speculate(
-    main, draft, prompt, schedule, new=32, end=frozenset(), sampler=None, number=0, decode=sd.decode_speculatively
-):
+def speculate(main, draft, prompt, schedule, new=32, end=frozenset(), sampler=None, number=0):
     """Speculative decoding; `draft`: a model of either kind, a Draft or "ngram"; `schedule`: a number or a schedule."""
     sampler = sampler or sd.Greedy()
     main = main if isinstance(main, sd.CachedModel) else sd.CachedModel(main)
@@ -151,7 +145,7 @@ def speculate(
     elif not isinstance(draft, sd.Draft):
         draft = sd.ModelDraft(draft if isinstance(draft, sd.CachedModel) else sd.CachedModel(draft), sampler)
     schedule = sd.FixedSchedule(schedule) if isinstance(schedule, int) else schedule
-    return decode(main, draft, sampler, schedule, prompt_of(prompt, number, new, end))
+    return sd.decode_speculatively(main, draft, sampler, schedule, prompt_of(prompt, number, new, end))
 
 
 class Watched(sd.CachedModel):
@@ -177,7 +171,12 @@ def pair_of(family, noise):
     return model, like(model, noise)
 
 
-def mixed(draft, sampler=None, kind=sd.MixedDraft):
-    """A draft of n-grams and a model, as the program makes it; `draft`: the library's, or one with a cache."""
-    draft = draft if isinstance(draft, sd.CachedModel) else sd.CachedModel(draft)
-    return kind(sd.NgramDraft(draft.device, shortest=2), sd.ModelDraft(draft, sampler or sd.Greedy()))
+@functools.cache
+def bundled():
+    """The bundled pair, and the ids of its own prompts."""
+    load, folder = transformers.AutoModelForCausalLM.from_pretrained, ROOT / "tests" / "tiny_gemma2"
+    template = transformers.AutoTokenizer.from_pretrained(folder / "main").apply_chat_template
+    ask = functools.partial(template, add_generation_prompt=True, return_dict=False)
+    lines = [line for line in (folder / "prompts.txt").read_text().splitlines() if not line.startswith("#")]
+    prompts = [ask([{"role": "user", "content": line}]) for line in lines]
+    return load(folder / "main").float(), load(folder / "draft").float(), prompts

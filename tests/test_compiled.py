@@ -1,477 +1,403 @@
-"""Compiled decoding on the CPU: the same tokens, no steps but those asked for, and whole graphs in fixed memory."""
+"""Compiled decoding on a CPU: the same tokens, whole graphs in fixed memory, and runs where nothing compiles."""
 
+import contextlib
 import itertools
+import json
+import shutil
+import weakref
 
 import pytest
 import torch
 import transformers
-from helpers import baseline, counts_of, like, make_model, mixed, prompt_of, speculate, with_more_tokens
+from helpers import ROOT, SHAPE, baseline, counts_of, like, make_model, sd, speculate, with_more_tokens
 from torch._dynamo.utils import counters
-from torch._inductor import config, cudagraph_utils
-from torch._inductor.async_compile import AsyncCompile
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import speculative_decoding as sd
-
-PROMPTS = [[5, 9, 13, 2, 40], [3], [7, 8], list(range(1, 31)), [11] * 12]  # of 1 to 30 tokens: a window is 8 long
+PROMPTS = [[5, 9, 70, 2, 40], [3], [79, 8], list(range(1, 31)), [11] * 12]  # of 1 to 30 tokens: a window is 8 long
 NEW = 20
-CAPACITY = max(map(len, PROMPTS)) + NEW + 17
-CHEAP = [1.0, 1.15, 1.3, 1.45, 1.6]  # seconds of a round of 0 to 4 draft tokens
-DEAR = [1.0, 2.3, 3.5, 4.7, 5.9]  # a draft that never pays
+CAPACITY = max(map(len, PROMPTS)) + NEW + 5
+EXCLUDED = tuple(range(0, 61, 5))  # ids that the draft may not choose
+GREEDY, SAMPLING = sd.Greedy(), sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
 
 
-def compiled(model, sampler, *steps, bounds=(CAPACITY,)):
-    cached = sd.CompiledModel(model, None, None, *bounds)
-    for (then, tokens, logits_to_keep), bound in itertools.product(steps, cached.bounds):
-        cached.compile(then, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep, bound)
+class Replayed:
+    """A traced graph that runs as a CUDA graph is replayed, but by Python.
+
+    It finds its inputs where they were in its first run, and writes only into such as are known to stay there. The
+    outputs of the graph before it are overwritten.
+    """
+
+    graphs, held = [], []  # all that were made; the outputs of the latest that ran
+
+    def __init__(self, graph, inputs):
+        self.graph, self.addresses = graph, None
+        self.graphs.append(graph)
+
+    def __call__(self, *inputs):
+        for output in self.held:
+            output.fill_(-1)
+        versions = [None if part.is_inference() else part._version for part in inputs]
+        self.held[:] = outputs = self.graph(*inputs)
+        stays = [hasattr(part, "_dynamo_static_input_type") or isinstance(part, torch.nn.Parameter) for part in inputs]
+        addresses = [part.data_ptr() for part in itertools.compress(inputs, stays)]
+        self.addresses = self.addresses or addresses
+        assert addresses == self.addresses
+        written = [not part.is_inference() and part._version != was for part, was in zip(inputs, versions, strict=True)]
+        assert sum(written) >= 3 and all(itertools.compress(stays, written))  # keys, values, lengths
+        return outputs
+
+
+@contextlib.contextmanager
+def traced():
+    """Within this, steps are traced as the program asks, and run by Python: much quicker to make than compiled code.
+
+    The program drops the compiler's guards; here they are kept, so that what would compile anew is seen: all but one
+    of a list of the library's, which grows with each family of models.
+    """
+    compile_for_real = torch.compile
+
+    def trace(function, options, **how):
+        assert options["triton.cudagraphs"] and options["guard_filter_fn"] is torch.compiler.skip_all_guards_unsafe
+        kept = {"guard_filter_fn": lambda guards: ["_CAN_RECORD_REGISTRY" not in guard.name for guard in guards]}
+        return compile_for_real(function, backend=Replayed, options=kept, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", trace)
+        yield Replayed.graphs
+
+
+def compiled(eager, sampler, *steps, into=None):
+    """The model with steps of the sampler, each by its name and tokens; `into`: one that has others already."""
+    cached = into or sd.CompiledModel(eager, CAPACITY)
+    sd.compile_steps(cached, sampler, [(getattr(sampler, name), tokens) for name, tokens in steps], lambda line: None)
     return cached
 
 
-def compiled_pair(sampler, bounds=(CAPACITY,), draft_bounds=(CAPACITY,), noise=0.05):
+def check_exact(compiled_pair, eager_pair, sampler=GREEDY, prompts=PROMPTS, lengths=(4, 2)):
+    """With several K, of which all but the longest have their verify passes padded; one prompt after the other."""
+    for number, prompt in enumerate(prompts):
+        how = {"sampler": sampler, "number": number}
+        own = baseline(eager_pair[0], prompt, NEW, **how).token_ids
+        assert baseline(compiled_pair[0], prompt, NEW, **how).token_ids == own
+        for k in lengths:
+            schedule = sd.FixedSchedule(k, (lengths[0] + 1,))
+            run, reference = (speculate(*each, prompt, schedule, NEW, **how) for each in (compiled_pair, eager_pair))
+            assert (run.token_ids, counts_of(run)) == (reference.token_ids, counts_of(reference))
+            assert run.log_likelihood == pytest.approx(reference.log_likelihood, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A main model and a draft with traced steps of two samplers. The draft has fewer tokens, and some are excluded."""
     model = make_model("gemma2")
-    draft_model = like(model, noise)
-    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0), bounds=bounds)
-    steps = (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1)
-    draft = compiled(draft_model, sampler, *steps, bounds=draft_bounds)
-    return model, draft_model, main.limited_to((5,)), draft
+    main = sd.CompiledModel(sd.CachedModel(with_more_tokens(model)), CAPACITY)
+    draft = sd.CompiledModel(sd.CachedModel(like(model, 0.02), None, 61, EXCLUDED), CAPACITY)
+    with traced():
+        compiled(main.eager, GREEDY, ("sample", 1), ("score", 5), into=main)
+        compiled(draft.eager, GREEDY, ("sample_draft", 1), ("sample_draft", 2), into=draft)
+        compiled(main.eager, SAMPLING, ("score", 5), into=main)
+        compiled(draft.eager, SAMPLING, ("sample_draft", 2), into=draft)
+    return main, draft
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """The graphs that were traced, which are then run by Python: quicker to make than those that are compiled."""
-    traced, compile_for_real = [], torch.compile
-
-    def keep(graph, inputs):
-        traced.append(graph)
-        return graph
-
-    def trace(function, options, **how):  # all that the program asks for, but for CUDA graphs
-        unguarded = {"guard_filter_fn": options["guard_filter_fn"]}
-        return compile_for_real(function, backend=keep, options=unguarded, **how)
-
-    monkeypatch.setattr(torch, "compile", trace)
-    return traced
-
-
-def test_compiled_is_exact_and_never_compiles_again(monkeypatch):
-    """By the real compiler: sliding windows, prompts of 1 to 30 tokens, every kind of step, two bounds of the cache.
-
-    The program drops the compiler's guards; here they are kept, so that one that would ask for compiling anew is seen.
-    """
-    monkeypatch.setattr(torch.compiler, "skip_all_guards_unsafe", lambda guards: [True] * len(guards))
-    sampler = sd.Greedy()
-    model, draft_model, main, draft = compiled_pair(sampler, (24, CAPACITY))
-
-    def memory():
-        return [part.data_ptr() for layer in main.cache.layers for part in (layer.keys, layer.cumulative_length)]
-
-    storage = memory()
-    auto, resting = sd.AutoSchedule(CHEAP, True), sd.AutoSchedule(DEAR, True)
-    resting.rest = 6
+@pytest.mark.parametrize("sampler", [GREEDY, SAMPLING], ids=["greedy", "sampled"])
+def test_compiled_decoding_is_exact_and_never_compiles_again(pair, sampler):
+    """Past sliding windows, with prompts of 1 to 30 tokens, and tokens that only the main model has."""
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for prompt in PROMPTS:
-            expected = baseline(model, prompt, NEW).token_ids
-            assert baseline(main, prompt, NEW).token_ids == expected
-            runs = [speculate(main, draft, prompt, length, NEW) for length in (4, 2, auto, resting)]
-            assert [run.token_ids for run in runs] == [expected] * 4
-            reference, padded = speculate(model, draft_model, prompt, 2, NEW), runs[1]
-            assert counts_of(padded) == counts_of(reference)
-            assert padded.log_likelihood == pytest.approx(reference.log_likelihood, rel=1e-4)
-    assert storage == memory()  # no new storage between prompts
+        check_exact(pair, [each.eager for each in pair], sampler)
+    assert not any(
+        weight.requires_grad for weight in pair[0].model.parameters()
+    )  # graphs would keep what training needs
 
 
-def test_drawing_can_be_compiled_too(graphs):
-    """The same draws as eagerly, with the graphs as they are traced. Without guards."""
-    sampler = sd.Sampling(0.9, top_k=20, top_p=0.9, seed=3)
-    model, draft_model, main, draft = compiled_pair(sampler)
-    assert len(graphs) == 4
-    assert not any(weight.requires_grad for weight in model.parameters())  # or graphs would keep what training needs
-    for number, prompt in enumerate(PROMPTS):
-        for k in (4, 2):
-            expected = speculate(model, draft_model, prompt, k, NEW, sampler=sampler, number=number)
-            result = speculate(main, draft, prompt, k, NEW, sampler=sampler, number=number)
-            assert (result.token_ids, counts_of(result)) == (expected.token_ids, counts_of(expected))
-        own = baseline(main, prompt, NEW, sampler=sampler, number=number).token_ids
-        assert own == baseline(model, prompt, NEW, sampler=sampler, number=number).token_ids
-    assert len(graphs) == 4  # one for each kind of step and number of tokens, and none since
+GEMMA4 = {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "head_dim": 8, "global_head_dim": 16}
+GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61}
+KINDS = {
+    "a mixture of experts": lambda: make_model("gpt_oss"),
+    "layers that share keys and values": lambda: make_model(transformers.Gemma4TextConfig(**SHAPE | GEMMA4)),
+}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_draft_that_knows_fewer_tokens_can_be_compiled_too(graphs, temperature):
-    sampler = sd.Sampling(temperature, seed=3) if temperature else sd.Greedy()
-    known = make_model("gemma2")
-    model, draft_model = with_more_tokens(known), like(known, 0.02)
-    main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 4, 0))
-    draft = compiled(draft_model, sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
-    for number, prompt in enumerate([[5, 9, 70, 2], [79]]):
-        expected = speculate(model, draft_model, prompt, 3, NEW, sampler=sampler, number=number)
-        result = speculate(main, draft, prompt, 3, NEW, sampler=sampler, number=number)
-        assert (result.token_ids, counts_of(result)) == (expected.token_ids, counts_of(expected))
-        assert max(result.token_ids) >= 61
-        if not temperature:
-            assert result.token_ids == baseline(model, prompt, NEW).token_ids
-    assert len(graphs) == 4
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_layers_are_exact_too(kind):
+    model = KINDS[kind]()
+    main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.02))
+    with traced():
+        check_exact((compiled(main, GREEDY, ("sample", 1), ("score", 5)), draft), (main, draft), prompts=PROMPTS[3:])
 
 
-def test_steps_attend_to_no_more_than_the_bound_that_holds_the_text(graphs):
-    """With graphs of which each attends to its own bound: across bounds, and back when the draft is rolled back."""
-    bounds, sampler, returned = (16, 40, CAPACITY + -CAPACITY % 8), sd.Greedy(), 0
-    model, draft_model, main, draft = compiled_pair(sampler, bounds, bounds, noise=0.2)
-    assert len(graphs) == 4 * len(bounds)
-    of_main, of_draft = note_steps(main, parts=3), note_steps(draft, parts=3)
-    for prompt in PROMPTS:
-        for k in (4, 2):
-            of_main.clear(), of_draft.clear()
-            result, reference = speculate(main, draft, prompt, k, NEW), speculate(model, draft_model, prompt, k, NEW)
-            assert (result.token_ids, counts_of(result)) == (reference.token_ids, counts_of(reference))
-            text, of_text, passes, steps = len(prompt) + 1, [], [], []
-            for one in result.rounds:
-                passes.append(text + 4)  # what the cache holds in the end
-                steps += range(text, text + k)
-                text += one.accepted + 1
-            for ran, held in ((of_main, passes), (of_draft, steps)):
-                of_text = [next(bound for bound in bounds if bound >= tokens) for tokens in held]
-                assert [bound for *_, bound in ran] == of_text
-            returned += sum(after < before for before, after in itertools.pairwise(of_text))
-        assert baseline(main, prompt, NEW).token_ids == baseline(model, prompt, NEW).token_ids
-    assert returned  # roll-backs across a bound
-    nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is torch.nn.functional.softmax]
-    assert {node.meta["example_value"].shape[-1] for node in nodes} == set(bounds)
+# By the real compiler. Without an accelerator, it writes C++.
 
 
-def test_compiled_steps_round_differently_and_that_is_a_tie():
-    """In bfloat16 what is compiled rounds less often: where that flips a token, both outputs are the main model's."""
-    model = make_model("llama", dtype=torch.bfloat16)
-    sampler = sd.Greedy()
-    main = compiled(model, sampler, (sampler.sample, 1, 1))
-    kinds = []
-    for first in range(1, 40):
-        ours, own = (baseline(one, [first, 7], NEW).token_ids for one in (main, model))
-        if divergence := sd.find_divergence(main, [first, 7], own, ours):
-            kinds.append(divergence.kind)
-    assert len(kinds) >= 5 and set(kinds) == {"tie"}
+def test_what_is_really_compiled_is_exact(monkeypatch):
+    """With products that are loops over the weights, which this program makes for large models."""
+    monkeypatch.setattr(sd, "LARGE", 0)
+    model = make_model("mistral")
+    main, draft = sd.CachedModel(model), sd.CachedModel(like(model, 0.02))
+    steps = compiled(main, GREEDY, ("sample", 1), ("score", 3))
+    check_exact((steps, draft), (main, draft), prompts=([7, 8], [3], PROMPTS[3]), lengths=(2, 1))
 
 
-# Which steps are compiled, and which of them run.
-
-LADDER = {3, 5, 9, 16}
-
-
-@pytest.mark.parametrize(
-    ("lengths", "bounds"),
-    [
-        ([120, 512], [512]),  # a quarter is too little to be worth anything
-        ([1023, 120], [1023]),
-        ([120, 1024], [256, 1024]),
-        ([257, 1024], [1024]),  # nothing would ever fit into a quarter
-        ([257, 1024, 4096], [1024, 4096]),
-        ([256, 1025, 4096], [256, 4096]),
-        ([200, 700, 4100, 30], [256, 1025, 4100]),
-    ],
-)
-def test_bounds_are_those_that_some_text_needs(lengths, bounds):
-    assert sd.cache_bounds(lengths) == bounds
+def test_compiled_float16_runs_on_a_cpu():
+    """What is compiled rounds less often: where that flips a token, both outputs are the main model's."""
+    model = make_model(transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 1}), dtype=torch.float16)
+    main = sd.CachedModel(model)
+    steps = compiled(main, GREEDY, ("sample", 1))
+    for first in range(1, 21):
+        ours, own = (baseline(one, [first, 7], NEW, sampler=GREEDY).token_ids for one in (steps, main))
+        divergence = sd.find_divergence(main, (first, 7), own, ours)
+        assert divergence is None or divergence.kind == "tie"
 
 
-@pytest.mark.parametrize(
-    ("lengths", "widths"),
-    [
-        ((1,), {2}),
-        ((1, 5), {2, 6}),
-        ((2, "auto", 7), LADDER | {8}),  # 3 is on the ladder
-    ],
-)
-def test_only_the_steps_that_the_draft_lengths_run_are_compiled(graphs, lengths, widths):
-    model, sampler, announced = make_model("llama"), sd.Greedy(), []
-    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
-    sd.compile_steps(main, {"draft": sd.ModelDraft(draft, sampler)}, sampler, lengths, announced.append)
-    assert {key[:2] for key in main.steps} == {("sample", 1), *(("score", width) for width in widths)}
-    # A round's first pass of the draft reads two tokens, and the further ones one; with K = 1 there are none.
-    assert {key[:2] for key in draft.steps} == {("sample_draft", 2)} | (
-        {("sample_draft", 1)} if lengths != (1,) else set()
-    )
-    assert len(graphs) == len(announced) == len(main.steps) + len(draft.steps)
-
-
-def test_a_model_that_catches_up_behind_ngrams_needs_a_step_of_one_token(graphs):
-    sampler, model = sd.Greedy(), make_model("llama")
-    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, like(model, 0.05)))
-    sd.compile_steps(main, {"mix": mixed(draft)}, sampler, (1,), lambda line: None)
-    assert {key[:2] for key in draft.steps} == {("sample_draft", 1), ("sample_draft", 2)}
-
-
-def test_without_a_draft_model_only_the_main_models_steps_are_compiled(graphs):
-    sampler, announced = sd.Sampling(0.8), []
-    main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
-    sd.compile_steps(main, {"ngram": sd.NgramDraft(main.device)}, sampler, (4,), announced.append)
-    assert {key[:2] for key in main.steps} == {("sample", 1), ("score", 5)}
-    assert len(graphs) == len(announced) == 2
-
-
-def note_steps(model, parts=2):
-    """A list that grows with each compiled step that runs: by what follows the pass, its tokens, and the bound."""
-    ran = []
-
-    def noting(key, step):
-        def run(*inputs):
-            assert inputs[0].shape == (1, key[1])
-            ran.append(key[:parts])
-            return step(*inputs)
-
-        return run
-
-    for key, step in list(model.steps.items()):
-        model.steps[key] = noting(key, step)
-    return ran
+# Which steps run.
 
 
 class Scripted(sd.FixedSchedule):
-    """Drafts 0, 1, 2, … tokens in the rounds, up to a limit, and from 0 on again."""
+    """Drafts 0, 1, 2, … tokens in the rounds, up to a limit, and from 0 on again; or what `script` says."""
 
-    rounds = 0
+    def __init__(self, draft_tokens, widths, script=None):
+        super().__init__(draft_tokens, widths)
+        self.script = itertools.cycle(script or range(draft_tokens + 1))
+        self.length = next(self.script)
 
     def wants_another(self, confidences):
-        return len(confidences) < self.rounds % (self.draft_tokens + 1)
+        return len(confidences) < self.length
 
-    def learn(self, drafted, accepted):
-        self.rounds += 1
-
-
-def test_a_pass_is_padded_to_the_next_width_of_its_own_method(graphs):
-    """With auto, to the next step of the ladder; with a fixed K, to K + 1, whatever else is compiled in that run."""
-    model, sampler = make_model("llama"), sd.Greedy()
-    draft_model = like(model, 0.03)
-    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, draft_model))
-    helper, lookup = sd.ModelDraft(draft, sampler), sd.NgramDraft(main.device)
-    sd.compile_steps(main, {"draft": helper}, sampler, (3, 5, "auto"), lambda line: None)
-    compiled_graphs = len(graphs)
-    of_main, of_draft = note_steps(main), note_steps(draft)
-    settings = sd.Settings(main="m", draft=("draft",), draft_tokens=(3, 5, "auto"))
-    ours = sd.our_methods(main, {"draft": helper}, sampler, settings, prompt_of([3]))
-    methods = {method.label: method for method in ours}
-    for number, ids in enumerate(PROMPTS):
-        prompt, expected = prompt_of(ids, number, NEW), baseline(model, ids, NEW).token_ids
-        for label, width in (("baseline", None), ("K = 3", 4), ("K = 5", 6)):
-            of_main.clear(), of_draft.clear()
-            result = methods[label].decode(prompt)
-            assert result.token_ids == expected
-            assert of_main == [("score", width) if width else ("sample", 1)] * (len(result.rounds) or NEW - 1)
-            rounds = [("sample_draft", 2), *[("sample_draft", 1)] * (width - 2)] * len(result.rounds) if width else []
-            assert of_draft == rounds
-        # Without a model, a round with K = 3 drafts 0 to 3 tokens, in a pass of 4, or none and takes a step.
-        of_main.clear()
-        by_ngrams = sd.Settings(main="m", draft=("ngram",), draft_tokens=(3,))
-        result = sd.our_methods(main, {"ngram": lookup}, sampler, by_ngrams, prompt)[1].decode(prompt)
-        assert result.token_ids == expected
-        assert of_main == [("score", 4) if drafted else ("sample", 1) for drafted, _ in counts_of(result)]
-        # With auto, any number.
-        of_main.clear()
-        result = speculate(main.limited_to(sd.verify_widths("auto", main.device)), draft, ids, Scripted(15), NEW)
-        eager = speculate(model, draft_model, ids, Scripted(15), NEW)
-        assert result.token_ids == expected and counts_of(result) == counts_of(eager)
-        assert result.log_likelihood == pytest.approx(eager.log_likelihood, rel=1e-4)
-        padded = [min(width for width in LADDER if width > drafted) for drafted, _ in counts_of(result)]
-        drafting = [drafted > 0 for drafted, _ in counts_of(result)]
-        passes = zip(drafting, padded, strict=True)
-        assert of_main == [("score", width) if drafts else ("sample", 1) for drafts, width in passes]
-        # As the program runs it.
-        of_main.clear()
-        result = methods["K = auto"].decode(prompt)
-        assert result.token_ids == expected
-        assert {width for then, width in of_main if then == "score"} <= LADDER
-        assert len(of_main) == len(result.rounds)
-    assert len(graphs) == compiled_graphs
+    def learn(self, confidences, accepted):
+        self.length = next(self.script)
 
 
-def test_a_draft_that_was_not_asked_reads_on_by_steps_that_are_compiled(graphs):
-    """Two tokens at a time, up to twelve; more in one pass. With n-grams that propose in between, too."""
-    model, sampler = make_model("gemma2"), sd.Greedy()
-    draft_model = like(model, 0.03)
-    main, draft = (sd.CompiledModel(one, None, None, CAPACITY) for one in (model, draft_model))
-    sd.compile_steps(main, {"draft": sd.ModelDraft(draft, sampler)}, sampler, (4,), lambda line: None)
-    of_draft, before = note_steps(draft), len(graphs)
-    for rest, passes in ((1, [2, 1]), (2, [2, 2]), (6, [2, 2, 2, 2]), (12, [])):
-        of_draft.clear()
-        schedule = sd.FixedSchedule(4)
-        asked = iter([True] * 6 + [False] * rest + [True] * 400)
-        schedule.wants_another = lambda confidences, asked=asked: next(asked) and len(confidences) < 4
-        result = speculate(main.limited_to((5,)), draft, PROMPTS[0], schedule, NEW)
-        assert result.token_ids == baseline(model, PROMPTS[0], NEW).token_ids
-        assert counts_of(result)[1 : 1 + rest] == [(0, 0)] * rest and counts_of(result)[1 + rest][0] == 4
-        assert [tokens for _, tokens in of_draft[4 : 4 + len(passes)]] == passes
-    mixed = sd.MixedDraft(sd.NgramDraft(main.device, shortest=2), sd.ModelDraft(draft, sampler))
-    for prompt in (PROMPTS[0] * 3, PROMPTS[3]):
-        result = speculate(main.limited_to((5,)), mixed, prompt, 4, NEW)
-        assert result.token_ids == baseline(model, prompt, NEW).token_ids
-    assert len(graphs) == before
+def note_passes(model, monkeypatch):
+    """A list that grows with each step: (its tokens, whether it was compiled). Each compiled one is marked as a new."""
+    passes, marked, eagerly = [], [], sd.CachedModel.step
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+
+    def noting(key, step):
+        def run(ids, uniform):
+            assert marked and ids.shape == (1, key[1])
+            marked.clear()
+            passes.append((key[1], True))
+            return step(ids, uniform)
+
+        return run
+
+    def note_eager(which, then, ids, *how, **further):
+        passes.extend([(ids.shape[1], False)] if which is model else [])
+        return eagerly(which, then, ids, *how, **further)
+
+    for key, step in list(model.steps.items()):
+        monkeypatch.setitem(model.steps, key, noting(key, step))
+    monkeypatch.setattr(sd.CachedModel, "step", note_eager)
+    return passes
 
 
-def test_a_draft_with_a_state_runs_eagerly_beside_compiled_models(graphs):
-    config = transformers.Mamba2Config(
-        vocab_size=61,
-        hidden_size=32,
-        num_hidden_layers=2,
-        state_size=8,
-        num_heads=8,
-        head_dim=8,
-        n_groups=2,
-        chunk_size=8,
-    )
-    torch.manual_seed(0)
-    model, other = make_model("llama"), transformers.AutoModelForCausalLM.from_config(config).eval()
-    settings = sd.Settings(main="m", draft=("state", "ngram"), draft_tokens=(3,), device="cpu")
-    models = sd.Models({}, {"state": 61}, {}, None)
-    main, drafts, sampler = sd.build(settings, {"m": model, "state": other}, models, [CAPACITY])
-    assert type(main) is sd.CompiledModel and type(drafts["state"].model) is sd.RecurrentModel
-    sd.compile_steps(main, drafts, sampler, (3,), lambda line: None)
-    assert {key[:2] for key in main.steps} == {("sample", 1), ("score", 4)}
-    result = speculate(main.limited_to((4,)), drafts["state"], PROMPTS[0], 3, NEW)
-    assert result.token_ids == baseline(model, PROMPTS[0], NEW).token_ids
-
-
-# Linear layers of compiled steps on a CPU.
-
-
-@pytest.mark.parametrize("streams", [False, True], ids=["packed", "streamed"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_forms_of_a_linear_layer_compute_the_same(monkeypatch, streams, bias, dtype):
-    layer = torch.nn.Linear(40, 24, bias=bias, dtype=dtype).requires_grad_(False)
-    layer.__class__, layer.streams = sd.StepLinear, streams
-    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
-    library, called = torch.nn.functional.linear, []
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *inputs: called.append(1) or library(*inputs))
-    for tokens in (1, 3, 5):
-        x = torch.randn(1, tokens, 40, dtype=dtype)
-        expected = library(x, layer.weight, layer.bias)
-        with monkeypatch.context() as compiling:
-            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-            output = layer(x)
-        tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close(output, expected, **tolerance)
-    assert len(called) == (2 if dtype == torch.float32 and not streams else 0)  # the library's: one token, and three
-    layer(x)
-    assert called[-1:] == [1]  # as anything that is not compiled
-
-
-@pytest.mark.parametrize("streams", [False, True], ids=["packed", "streamed"])
-def test_compiled_steps_in_other_forms_choose_the_same_tokens(monkeypatch, graphs, streams):
-    monkeypatch.setattr(sd, "SMALL_WEIGHT", 0)
-    monkeypatch.setattr(sd, "device_name", lambda device: "AMD EPYC" if streams else "Xeon")
-    model, draft_model, main, draft = compiled_pair(sd.Greedy())
-    assert main.linears and draft.linears and all(layer.streams == streams for layer in main.linears)
-    packed = [sum("packed_linear" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
-    # Of the four steps, the pass over five tokens; on AMD, the draft's over two, too, whose head sees the last alone.
-    assert packed == [0, len(main.linears), 0, len(draft.linears) - 1 if streams else 0]
+def test_passes_of_the_main_model_are_padded_to_the_next_width(pair, monkeypatch):
+    main, draft = pair
+    passes = note_passes(main, monkeypatch)
     for prompt in PROMPTS:
-        expected = baseline(model, prompt, NEW).token_ids
-        assert baseline(main, prompt, NEW).token_ids == expected
-        assert speculate(main, draft, prompt, 4, NEW).token_ids == expected
+        passes.clear()
+        run = speculate(main, draft, prompt, Scripted(6, (5, 7)), NEW, sampler=GREEDY)
+        assert run.token_ids == baseline(main.eager, prompt, NEW).token_ids
+        # One token or five are compiled, and seven are not.
+        drafted = [drafted for drafted, _ in counts_of(run)]
+        assert passes == [(7, False) if k > 4 else (5, True) if k else (1, True) for k in drafted]
 
 
-def test_only_plain_linear_layers_of_large_models_change(monkeypatch):
-    class Quantised(torch.nn.Linear):
-        pass
-
-    model = make_model("llama")
-    head = model.get_output_embeddings()
-    assert sd.CompiledModel(model, None, None, 64).linears == []  # all of it fits into a processor's caches
-    assert type(head) is torch.nn.Linear
-    monkeypatch.setattr(sd, "SMALL_WEIGHT", 0)
-    head.__class__ = Quantised
-    compiled = sd.CompiledModel(model, None, None, 64)
-    assert type(head) is Quantised and head not in compiled.linears and compiled.linears
-    assert {type(layer) for layer in compiled.linears} == {sd.StepLinear}
-
-
-# What a CUDA graph needs.
-
-
-def test_a_model_that_breaks_the_graph_is_not_compiled(graphs):
-    """A step of two graphs, without guards, would be wrong. OPT's positions make it one."""
-    sampler = sd.Greedy()
-    main = sd.CompiledModel(make_model("opt"), None, None, CAPACITY)
-    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
-        main.compile(sampler.sample, 1, None, 1, main.bounds[0])
-    assert graphs == []
+def test_a_draft_reads_what_it_has_missed_in_one_pass(pair, monkeypatch):
+    """Two tokens are compiled, more are read eagerly. It drafts what it would without having missed any."""
+    main, draft = pair
+    passes = note_passes(draft, monkeypatch)
+    script = (3, 0, 3, 0, 0, 0, 3, 3)
+    for prompt in PROMPTS:
+        passes.clear()
+        run, reference = (
+            speculate(*each, prompt, Scripted(3, (5,), script), NEW, sampler=GREEDY)
+            for each in (pair, [each.eager for each in pair])
+        )
+        assert (run.token_ids, counts_of(run)) == (reference.token_ids, counts_of(reference))
+        expected, missed = [], 2
+        for drafted, _ in counts_of(run):
+            expected += [(missed, missed == 2), (1, True), (1, True)] if drafted else []
+            missed = 2 if drafted else missed + 1
+        assert passes == expected and any(tokens > 4 for tokens, _ in passes)
 
 
-class Recorded(cudagraph_utils.CUDAGraphPolicy):
-    """Notes each graph that inductor would make a CUDA graph of, and runs it as it is."""
+# Products of compiled steps on a CPU.
 
-    def __init__(self):
-        self.graphs = []
 
-    def __deepcopy__(self, memo):  # torch.compile copies the whole configuration
-        return self
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 9), (torch.bfloat16, 1)], ids=str)
+def test_a_loop_over_the_weights_gives_the_librarys_product(dtype, most, monkeypatch):
+    """For few tokens, and for any that it is given; also of sizes that no number of streams divides."""
+    torch.manual_seed(0)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    streamed, called = sd.streamed_linear, []
+    monkeypatch.setattr(sd, "streamed_linear", lambda *of: called.append(of[0].shape[-2]) or streamed(*of))
+    for tokens, size, has_bias in itertools.product((*range(1, 11), 20), (1, 2, 3, 24, 61), (False, True)):
+        x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, tokens, 40), (size, 40), (size,)))
+        of = (x, weight, bias if has_bias else None)
+        torch.testing.assert_close(streamed(*of), linear(*of), **tolerance)
+        with sd.StreamedProducts():
+            assert linear(*of).shape == linear(x[0], *of[1:])[None].shape == (1, tokens, size)
+    assert set(called) == set(range(1, most + 1))
 
-    def should_wrap(self, graph):
-        graph.device_idxs.add(0)  # the CPU has none
-        return True
 
-    def cudagraphify(self, model, example_inputs, static_input_idxs, **how):
-        static, mutated = set(static_input_idxs), set(how["mutated_input_idxs"])
-        copied = [part for place, part in enumerate(example_inputs) if place not in static]
-        self.graphs.append((static, mutated, sorted((str(part.dtype), tuple(part.shape)) for part in copied)))
+class Quantised(torch.Tensor):
+    """Weights as libraries for quantised models have them: they say themselves how they are multiplied."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return "its own product"
+
+
+def test_quantised_weights_are_multiplied_as_they_were():
+    x, weight = torch.randn(1, 1, 8), torch.randn(3, 8)
+    with sd.StreamedProducts():
+        assert linear(x, weight.as_subclass(Quantised)) == "its own product"
+        assert not linear(x.int(), weight.int()).is_floating_point()
+
+
+def logits_of(logits, ids, uniform):
+    return logits * 1
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_large_model_has_its_products_streamed(monkeypatch, is_large):
+    """Also its head's, which is its embedding, too. The logits are the library's."""
+    shape = SHAPE | {"num_hidden_layers": 1, "tie_word_embeddings": is_large}
+    torch.manual_seed(0)
+    eager = sd.CachedModel(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)))
+    monkeypatch.setattr(sd, "LARGE", sum(weight.nbytes for weight in eager.model.parameters()) + (not is_large))
+    cached = sd.CompiledModel(eager, 8)
+    with traced() as graphs:
+        cached.compile(logits_of, 1, None, 0)
+    targets = [node.target for node in graphs[-1].graph.nodes]
+    assert (targets.count(linear), targets.count("as_strided")) == ((0, 8) if is_large else (8, 0))
+    cached.reset(), eager.reset()
+    torch.testing.assert_close(*(each.step(logits_of, torch.tensor([[7]])) for each in (cached, eager)))
+
+
+# What a run does where something, or everything, cannot be compiled.
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models with the bundled tokenizer. The positions of opt depend on what is read: no single graph is made."""
+    shape, root = SHAPE | {"vocab_size": 2048, "num_hidden_layers": 1}, tmp_path_factory.mktemp("models")
+    main = make_model(transformers.LlamaConfig(**shape))
+    opt = make_model("opt")
+    opt.resize_token_embeddings(2048)
+    for name, model in (("main", main), ("draft", like(main, 0.02)), ("opt", opt)):
+        model.save_pretrained(root / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "tests/tiny_gemma2/main" / file, root / name / file)
+    (root / "prompts.txt").write_text("What does heapq.merge do?\nsort\n")
+    return root
+
+
+class Run:
+    """A run of the program with --compile on: what it printed, what it has as JSON, and what it compiled."""
+
+    def __init__(self, folders, monkeypatch, capsys):
+        self.capsys, self.load, self.compile_steps = capsys, sd.load_model, sd.compile_steps
+        self.models = {}  # weak references to them
+        self.steps = {}  # by model: [(what is done with the logits, tokens), …]
+        self.held = {}  # by model: which models are in memory when its steps are about to be compiled
+        monkeypatch.setattr(sd, "load_model", self.note_model)
+        monkeypatch.setattr(sd, "compile_steps", self.note_steps)
+        monkeypatch.setattr(sd, "memory_bandwidth_gb_s", lambda device: 20.0)
+        monkeypatch.chdir(folders)
+
+    def __call__(self, main, draft, lengths, new=8):
+        how = ["--prompts", "prompts.txt", "--warmup", "0", "--ignore-eos", "--max-new-tokens", str(new)]
+        pair = ["--main", main, "--draft", draft, "--draft-tokens", lengths]
+        self.status = sd.main([*pair, *how, "--compile", "on", "--json", "out.json"])
+        self.printed, self.said = self.capsys.readouterr()
+        with open("out.json") as file:
+            report = json.load(file)
+        self.is_compiled, self.outcomes = report["environment"]["compiled"], {}
+        for label, outcome in [pair for prompt in report["prompts"] for pair in prompt["outcomes"].items()]:
+            self.outcomes.setdefault(label, set()).add(outcome["verdict"] or outcome["error"])
+
+    def note_model(self, files, *how):
+        self.models[files.name] = weakref.ref(model := self.load(files, *how))
         return model
 
-
-def check_graphs(model, sampler, steps, monkeypatch, bounds=(CAPACITY,)):
-    """Compile steps as on a GPU: each must be one graph whose memory is fixed, but for token ids and a random number.
-
-    On the CPU, with all that inductor decides before it would record a CUDA graph; that last step is left out. So is
-    the compiling of the kernels, which takes minutes, and on which nothing of this depends: they do nothing here.
-    """
-    counters.clear()
-    torch._dynamo.reset()
-    monkeypatch.setattr(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", lambda nodes: None)
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *source: lambda *memory: None)
-    policy = Recorded()
-    with config.patch(cudagraph_policy=policy, force_disable_caches=True):  # in these, other tests keep their graphs
-        compiled(model, sampler, *steps, bounds=bounds)
-    assert counters["inductor"]["cudagraph_skips"] == 0 and not counters["graph_break"]
-    each = list(itertools.product(steps, bounds))
-    assert len(policy.graphs) == len(each)  # one graph for each step and bound
-    for (static, mutated, copied), ((_, tokens, logits_to_keep), _) in zip(policy.graphs, each, strict=True):
-        assert len(mutated) >= 6  # keys, values and the length of each of two layers
-        assert mutated <= static  # or: "skipping cudagraphs due to mutated inputs"
-        random = [("torch.float32", (1,))] if logits_to_keep and isinstance(sampler, sd.Sampling) else []
-        assert copied == [*random, ("torch.int64", (1, tokens))]  # and no weights, and no cache
+    def note_steps(self, model, sampler, steps, announce):
+        name = model.model.name_or_path
+        self.steps[name] = {(then.__name__, tokens) for then, tokens in steps}
+        self.held[name] = {name for name, model in self.models.items() if model()}
+        self.compile_steps(model, sampler, steps, announce)
 
 
-def steps_of(sampler):
-    return (sampler.sample, 1, 1), (sampler.score, 5, 0), (sampler.sample_draft, 2, 1)
+@pytest.fixture
+def run(folders, monkeypatch, capsys):
+    return Run(folders, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize(("family", "sampler"), [("gemma2", sd.Greedy()), ("llama", sd.Sampling(0.8, 5, 0.9))])
-def test_each_step_is_one_cuda_graph_that_copies_nothing_but_tokens(family, sampler, monkeypatch):
-    check_graphs(make_model(family), sampler, steps_of(sampler), monkeypatch)
+@pytest.mark.parametrize(
+    ("lengths", "new", "widths", "drafting"),
+    [("1", 1, {2}, {2}), ("5,1", 7, {2, 6}, {1, 2}), ("20,auto", 2, {3, 5, 9, 16, 21}, {1, 2})],
+)
+def test_steps_are_those_that_rounds_need_and_the_cache_holds_the_longest_text(run, lengths, new, widths, drafting):
+    """With K = 1 no draft reads one token. Nothing is compiled here: the steps run with the cache of fixed size."""
+    run.compile_steps = lambda *how: None
+    run("main", "draft", lengths, new)
+    assert run.steps["main"] == {("sample", 1), *(("score", width) for width in widths)}
+    assert run.steps["draft"] == {("sample_draft", tokens) for tokens in drafting}
+    assert run.status == 0 and run.is_compiled and set().union(*run.outcomes.values()) == {"identical"}
 
 
-def test_a_step_is_one_cuda_graph_for_each_bound_of_the_same_cache(monkeypatch):
-    sampler = sd.Greedy()
-    check_graphs(make_model("llama"), sampler, [(sampler.score, 5, 0)], monkeypatch, bounds=(16, 40, CAPACITY))
+def test_a_draft_that_cannot_be_compiled_is_a_row_and_gives_back_its_memory(run):
+    with traced():
+        run("main", "opt,draft,ngram", "3")
+    assert run.status == 1 and run.is_compiled and "float32, compiled" in run.printed
+    assert run.said.count("Compiling step ") == 5  # two of each, of which opt fails at the first
+    assert run.held["opt"] == {"main", "opt", "draft"} and run.held["draft"] == {"main", "draft"}
+    (reason,) = run.outcomes.pop("opt, K = 3")
+    assert "data-dependent" in reason and "\n" not in reason
+    assert run.outcomes == {label: {"identical"} for label in ("baseline", "draft, K = 3", "ngram, K = 3")}
 
 
-def test_a_cache_whose_memory_could_move_would_be_seen(monkeypatch):
-    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda tensor, guard=False: None)
-    sampler = sd.Greedy()
-    with pytest.raises(AssertionError, match="<="):
-        check_graphs(make_model("llama"), sampler, [(sampler.sample, 1, 1)], monkeypatch)
+def test_a_main_model_that_cannot_be_compiled_runs_eagerly_and_so_do_its_drafts(run):
+    run("opt", "draft", "3")
+    assert "warning" in run.printed and "data-dependent" in run.printed and "float32, eager" in run.printed
+    assert run.status == 0 and not run.is_compiled and list(run.steps) == ["opt"]
+    assert set().union(*run.outcomes.values()) == {"identical"}
 
 
-@pytest.mark.parametrize(("device", "skips", "warned"), [("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False)])
-def test_steps_without_cuda_graphs_are_told(monkeypatch, device, skips, warned):
+@pytest.mark.parametrize("how", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "force_eager"])
+def test_a_compiler_that_is_turned_off_is_told(run, how, monkeypatch):
+    with contextlib.ExitStack() as off:
+        if how == "TORCHDYNAMO_DISABLE":
+            monkeypatch.setenv(how, "1")
+        elif how == "TORCH_COMPILE_DISABLE":  # is read once, into this
+            off.enter_context(torch._dynamo.config.patch(disable=True))
+        else:
+            off.enter_context(torch.compiler.set_stance(how))
+        run("main", "draft", "3")
+    assert "warning" in run.printed and "float32, eager" in run.printed
+    assert run.status == 0 and run.is_compiled is False
+    assert set().union(*run.outcomes.values()) == {"identical"}
+
+
+def test_a_cache_of_another_kind_is_refused():
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2}
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shape, vocab_size=61))
+    with pytest.raises(NotImplementedError, match="mamba2"):
+        sd.CompiledModel(sd.cached_model(model), CAPACITY)
+
+
+@pytest.mark.parametrize(("device", "skipped", "warned"), [("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False)])
+def test_steps_without_cuda_graphs_are_told(monkeypatch, device, skipped, warned):
     """The compiler counts what it skips; on a CPU, too, where there are no such graphs to be had."""
-    sampler, announced = sd.Greedy(), []
-    main = sd.CompiledModel(make_model("llama"), None, None, CAPACITY)
+    main, announced = sd.CompiledModel(sd.CachedModel(make_model("llama")), CAPACITY), []
     monkeypatch.setattr(main, "compile", lambda *step: None)
     monkeypatch.setattr(main, "device", torch.device(device))
-    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skips)
-    sd.compile_steps(main, {"ngram": sd.NgramDraft(main.device)}, sampler, (4,), announced.append)
-    warning = "warning: no CUDA graphs of 2 steps, which are slow: see TORCH_LOGS=cudagraphs"
-    assert announced[2:] == [warning] * warned
+    monkeypatch.setitem(counters["inductor"], "cudagraph_skips", skipped)
+    sd.compile_steps(main, GREEDY, [(GREEDY.sample, 1)], announced.append)
+    assert ["warning" in line for line in announced] == [False, *[True] * warned]
 
 
 class OneDevice(TorchDispatchMode):
@@ -479,8 +405,7 @@ class OneDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        tensors = [part for part in tree_leaves((args, kwargs, output)) if isinstance(part, torch.Tensor)]
-        assert all(part.device.type == "meta" for part in tensors), function
+        assert all(part.device.type == "meta" for part in tree_leaves((args, kwargs, output)) if torch.is_tensor(part))
         return output
 
 
@@ -491,25 +416,21 @@ class OnMeta(sd.Sampling):
         return torch.empty(count, device="meta")
 
 
-@pytest.mark.parametrize("sampler", [sd.Greedy(), OnMeta(0.8, 5, 0.9)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_drafting_and_verifying_read_nothing_from_the_device(graphs, family, is_compiled, sampler):
-    model = make_model(family).to("meta")
+@pytest.mark.parametrize("sampler", [GREEDY, OnMeta(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
+def test_drafting_and_verifying_read_nothing_from_the_device(is_fixed, sampler):
+    """An accelerator would wait for each read. With either kind of cache."""
+    model = make_model("gemma2").to("meta")
     main, draft = sd.CachedModel(model), sd.CachedModel(model)
-    if is_compiled:
-        main = compiled(model, sampler, (sampler.sample, 1, 1), (sampler.score, 5, 0))
-        draft = compiled(model, sampler, (sampler.sample_draft, 1, 1), (sampler.sample_draft, 2, 1))
+    if is_fixed:
+        main, draft = sd.CompiledModel(main, CAPACITY), sd.CompiledModel(draft, CAPACITY)
     helper, prompt = sd.ModelDraft(draft, sampler), torch.zeros(1, 7, dtype=torch.long, device="meta")
     last = sampler.sample(main.prefill(prompt), prompt, sampler.uniform(1))
     helper.reset(prompt)
     with OneDevice(), torch.no_grad():
-        for text in ([1] * 8, [1] * 10):
-            draft_ids, _ = helper.propose(text, sd.FixedSchedule(4))
-            main.verify(sampler.score, torch.cat([last, draft_ids], dim=1))
+        for schedule, text in ((sd.FixedSchedule(4), [1] * 8), (sd.AutoSchedule([1.0, 1.1, 1.2, 1.3, 1.4]), [1] * 10)):
+            draft_ids, confidences, _ = helper.propose(text, schedule)
+            main.verify(sampler.score, torch.cat([last, draft_ids], dim=1), 5)
             main.roll_back(3), helper.roll_back(3)
+            schedule.learn(confidences, 1)
         main.step(sampler.sample, last, sampler.uniform(1))
-        helper.propose([1] * 12, sd.AutoSchedule(CHEAP, reads=False))
-        helper.roll_back(0)
-        with pytest.raises(RuntimeError, match="meta"):  # token by token, the host reads
-            helper.propose([1] * 20, sd.AutoSchedule(CHEAP, reads=True))

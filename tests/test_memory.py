@@ -1,190 +1,67 @@
-"""Prefill in chunks; the check's memory; and how a compiled model takes over what was read eagerly."""
+"""What is asked of memory before loading; how little prefill and the check need; and the cache of a compiled model."""
 
+import contextlib
+import json
 import math
-import sys
 import weakref
 
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, SHAPE, baseline, counts_of, ids_of, like, make_model, speculate
+from helpers import ROOT, SHAPE, baseline, counts_of, ids_of, like, make_model, sd, speculate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import speculative_decoding as sd
-
 PROMPT = [5, 9, 13, 2, 40]
-LONG = [(7 * i * i + 3 * i) % 61 for i in range(2100)]
-CHUNK, NEW = 5, 12
+LONG = [(7 * i * i + 3 * i) % 61 for i in range(1100)]
+NEW = 12
+BUNDLED = ROOT / "tests/tiny_gemma2"
 
 
-def in_one_pass(model):
-    main = sd.CachedModel(model)
-    main.chunk = sys.maxsize
-    return main
+# Before a model is loaded: its weights, a tenth more, and 1 GB.
 
 
-def count_passes(main, monkeypatch):
-    """A list that grows by the number of tokens that each pass reads."""
-    passes, forward = [], main.forward
-
-    def counting(ids, logits_to_keep=0):
-        passes.append(ids.shape[1])
-        return forward(ids, logits_to_keep)
-
-    monkeypatch.setattr(main, "forward", counting)
-    return passes
+def check_needs(files, weights, monkeypatch):
+    """That a model needs what it does with so many bytes of weights, and not a kilobyte less."""
+    for more, refused in ((1, False), (-1000, True)):
+        monkeypatch.setattr(sd, "free_memory", lambda device, free=1.1 * weights + 1e9 + more: free)
+        with pytest.raises(sd.UsageError, match="memory") if refused else contextlib.nullcontext():
+            sd.check_memory(files, torch.device("cpu"))
 
 
-# Prefill in chunks.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_are_counted_by_their_type(dtype, monkeypatch):
+    files = sd.read_model(str(BUNDLED / "main"), dtype)
+    parameters = sum(weight.numel() for weight in sd.load_model(files, torch.device("cpu")).parameters())
+    check_needs(files, parameters * dtype.itemsize, monkeypatch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_read_in_chunks_is_read_as_a_whole(family, monkeypatch):
-    """Windows are 8 tokens: chunks of 5 fill one, go past it, and end with a single token."""
-    monkeypatch.setattr(sd, "PREFILL_CHUNK", CHUNK)
-    model = make_model(family)
-    draft, main, whole = like(model, 0.05), sd.CachedModel(model), in_one_pass(model)
-    for length in (1, CHUNK, CHUNK + 1, 3 * CHUNK + 1, 40):
-        prompt = LONG[:length]
-        expected = whole.prefill(ids_of(prompt))
-        for rolls_back in (True, False):
-            torch.testing.assert_close(main.prefill(ids_of(prompt), rolls_back), expected, rtol=1e-3, atol=1e-4)
-        right = baseline(whole, prompt, NEW).token_ids
-        assert baseline(main, prompt, NEW).token_ids == right
-        assert speculate(main, draft, prompt, 3, NEW).token_ids == right
+def test_of_a_quantised_model_the_files_are_counted(tmp_path, monkeypatch):
+    """Those of its weights that are there, and no others."""
+    config = json.loads((BUNDLED / "main/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    for name, size in (("a.safetensors", 20_000_000), ("b.safetensors", 30_000_000), ("other.safetensors", 90_000_000)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)
+    weights = {"some.weight": "a.safetensors", "another.weight": "b.safetensors", "third.weight": "missing.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    check_needs(sd.read_model(str(tmp_path), torch.bfloat16), 50_000_000, monkeypatch)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama"])
-@pytest.mark.parametrize("length", [1023, 1024, 1025, 2049])
-def test_chunks_have_1024_tokens(family, length, monkeypatch):
-    model, prompt = make_model(family), LONG[:length]
-    main, whole = sd.CachedModel(model), in_one_pass(model)
-    passes = count_passes(main, monkeypatch)
-    for rolls_back in (True, False):
-        passes.clear()
-        logits = main.prefill(ids_of(prompt), rolls_back)
-        assert passes == [1024] * ((length - 1) // 1024) + [(length - 1) % 1024 + 1]
-        torch.testing.assert_close(logits, whole.prefill(ids_of(prompt)), rtol=1e-3, atol=1e-4)
-    right = baseline(whole, prompt, NEW).token_ids
-    assert baseline(main, prompt, NEW).token_ids == right
-    assert speculate(main, like(model, 0.05), prompt, 3, NEW).token_ids == right
+def test_too_little_memory_ends_the_run_for_a_main_model_and_is_a_row_for_a_draft(tmp_path, monkeypatch, capsys):
+    """What is free is enough for the smaller model of the bundled pair."""
+    small, large, out = str(BUNDLED / "draft"), str(BUNDLED / "main"), tmp_path / "out.json"
+    monkeypatch.setattr(sd, "free_memory", lambda device: 1e9 + 5e6)
+    monkeypatch.setattr(sd, "memory_bandwidth_gb_s", lambda device: 20.0)
+    how = ["--prompts", str(BUNDLED / "prompts.txt"), "--limit", "1", "--max-new-tokens", "4", "--draft-tokens", "2"]
+    assert sd.main(["--main", large, "--draft", small, *how]) == 2
+    assert capsys.readouterr().err.count("too little memory") == 1
+    assert sd.main(["--main", small, "--draft", f"{large},ngram", *how, "--json", str(out)]) == 1
+    methods = {method["draft"]: method["error"] for method in json.loads(out.read_text())["methods"]}
+    assert methods.pop(large).startswith("too little memory") and methods == {None: None, "ngram": None}
 
 
-def test_a_window_that_is_recorded_does_not_grow_with_the_prompt(monkeypatch):
-    monkeypatch.setattr(sd, "PREFILL_CHUNK", CHUNK)
-    main = sd.CachedModel(make_model("gemma2"))
-    for length in (2 * CHUNK, 10 * CHUNK, 10 * CHUNK + 1):
-        main.prefill(ids_of(LONG[:length]))
-        sliding, full = main.cache.layers
-        assert (full.keys.shape[2], sliding.get_seq_length()) == (length, length)
-        assert sliding.keys.shape[2] <= 7 + CHUNK
-        # All of what was read since can be undone, and what is then read sees a whole window.
-        expected = main.forward(ids_of([3]))
-        main.roll_back(1)
-        for tokens in (1, 4):
-            main.forward(ids_of([1] * tokens))
-            main.roll_back(tokens)
-            torch.testing.assert_close(main.forward(ids_of([3])), expected, rtol=1e-4, atol=1e-4)
-            main.roll_back(1)
-
-
-def rotated(kind, nested):
-    """A model whose rotary embedding depends on whether a text is longer than 16 tokens."""
-    half = [float(i + 1) for i in range(4)]
-    factors = {"long_factor": half, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 16.0, **(factors if kind == "longrope" else {})}
-    shape = SHAPE | ({} if kind == "longrope" else {"max_position_embeddings": 16})
-    if not nested:
-        return transformers.LlamaConfig(**shape, rope_parameters=rope)
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 8}
-    rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    return transformers.Gemma3TextConfig(**shape, **layers, rope_parameters=rope)
-
-
-@pytest.mark.parametrize(("kind", "nested"), [("longrope", False), ("dynamic", False), ("longrope", True)])
-def test_a_rotation_that_depends_on_the_texts_length_is_read_in_one_pass(kind, nested, monkeypatch):
-    monkeypatch.setattr(sd, "PREFILL_CHUNK", CHUNK)
-    monkeypatch.setitem(FAMILIES, "rotated", lambda: rotated(kind, nested))
-    main, prompt = sd.CachedModel(make_model("rotated")), ids_of(LONG[:40])
-    passes = count_passes(main, monkeypatch)
-    expected = main.model(prompt, use_cache=False).logits[0, -1:]
-    torch.testing.assert_close(main.prefill(prompt), expected, rtol=1e-4, atol=1e-4)
-    assert passes == [40]
-    main.chunk = CHUNK
-    assert (main.prefill(prompt) - expected).abs().max() > 1e-3  # chunks would be wrong
-
-
-RECURRENT = {
-    "mamba2": lambda: transformers.Mamba2Config(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16, n_groups=1
-    ),
-    "jamba": lambda: transformers.JambaConfig(
-        **SHAPE, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2
-    ),
-}
-
-
-@pytest.mark.parametrize("family", RECURRENT)
-def test_a_recurrent_state_is_read_in_one_pass(family, monkeypatch):
-    """The library's Mamba begins each pass of several tokens with an empty state."""
-    monkeypatch.setattr(sd, "PREFILL_CHUNK", CHUNK)
-    monkeypatch.setitem(FAMILIES, family, RECURRENT[family])
-    main, prompt = sd.CachedModel(make_model(family)), ids_of(LONG[:33])
-    passes = count_passes(main, monkeypatch)
-    expected = main.model(prompt, use_cache=False).logits[0, -1:]
-    torch.testing.assert_close(main.prefill(prompt, rolls_back=False), expected, rtol=1e-4, atol=1e-4)
-    assert passes == [33]
-    main.chunk = CHUNK
-    assert (main.prefill(prompt, rolls_back=False) - expected).abs().max() > 0.01  # chunks would be wrong
-
-
-# The check runs the layers once for each output, and never holds the logits of all of a long one.
-
-
-def wrapped(family):
-    """Configurations of models that are wrapped: with a vision tower, or without a decoder of their own."""
-    if family == "llama4":  # its text model alone does not tell which of its parts are the layers
-        attention = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64}
-        return transformers.Llama4TextConfig(**SHAPE, **attention, head_dim=8, num_local_experts=2, moe_layers=[])
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = FAMILIES["gemma3"]().to_dict() | {"pad_token_id": 0, "final_logit_softcapping": 5.0}
-    return transformers.Gemma3Config(
-        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
-    )
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma3 with images", "llama4"])
-def test_logits_in_slices_are_those_of_one_pass(family, monkeypatch):
-    monkeypatch.setattr(sd, "SLICE", 7)
-    if family not in FAMILIES:
-        monkeypatch.setitem(FAMILIES, family, lambda: wrapped(family))
-    model, output = make_model(family), LONG[:24]
-    main = sd.CachedModel(model, vocabulary=60)
-    attention = next(module for module in model.get_decoder().modules() if "Attention" in type(module).__name__)
-    before, calls = dict(vars(model.get_decoder())), []
-    hook = attention.register_forward_hook(lambda *_: calls.append(1))
-    slices = list(sd.sliced_logits(main, PROMPT, output))
-    hook.remove()
-    assert len(calls) == (4 if family == "llama4" else 1)
-    assert [len(ids) for ids, _ in slices] == [7, 7, 7, 3]
-    assert torch.cat([ids for ids, _ in slices]).tolist() == output
-    expected = model(ids_of([*PROMPT, *output[:-1]]), use_cache=False).logits[0, len(PROMPT) - 1 :, :60]
-    torch.testing.assert_close(torch.cat([logits for _, logits in slices]), expected, rtol=1e-4, atol=1e-4)
-    assert vars(model.get_decoder()).keys() - before.keys() <= {"forward"}
-    assert model.get_decoder().forward(ids_of(PROMPT))[0].shape[1] == len(PROMPT)  # and it reads other texts again
-
-
-@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
-def test_the_figures_do_not_depend_on_the_slices(family, monkeypatch):
-    model = make_model(family, dtype=torch.bfloat16)
-    main, found = sd.CachedModel(model), []
-    wrong = (LONG[0], *baseline(model, PROMPT, 40).token_ids[1:])
-    for size in (64, 7):
-        monkeypatch.setattr(sd, "SLICE", size)
-        found.append((sd.certify(main, PROMPT, wrong), sd.rounding_noise(main, PROMPT, wrong)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=0.05) and found[0][0] > 0.1
-    assert found[1][1] / 2 < found[0][1] < found[1][1] * 2  # other random numbers, of the same size
+# What passes need, beside the weights.
 
 
 class Allocated(TorchDispatchMode):
@@ -211,45 +88,69 @@ class Allocated(TorchDispatchMode):
         self.held -= size
 
 
-def test_the_check_of_a_long_output_needs_little_memory():
-    """2,000 new tokens and 50,000 ids: all logits once would be 400 MB."""
+@pytest.fixture(scope="module")
+def wide():
+    """A model of 20,000 tokens: a slice of 512 logits takes 41 MB, and all logits of 1,100 tokens 88 MB."""
     torch.manual_seed(0)
-    shape = SHAPE | {"vocab_size": 50_000, "max_position_embeddings": 4096}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-    main = sd.CachedModel(model)
-    output = tuple(LONG[:2000])
+    shape = SHAPE | {"vocab_size": 20_000, "max_position_embeddings": 2048, "num_hidden_layers": 1}
+    return sd.CachedModel(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)))
+
+
+def test_the_check_of_a_long_output_holds_few_slices_of_logits(wide):
+    """Though it compares five passes: at most four and a half slices at a time, with what it computes of them."""
+    output = tuple(LONG)
     with Allocated() as memory:
-        divergence = sd.find_divergence(main, PROMPT, output[:-1], output)
-    assert (divergence.kind, divergence.index) == ("mismatch", 1999)
-    assert 50e6 < memory.peak < 300e6
+        divergence = sd.find_divergence(wide, tuple(PROMPT), output[:-1], output)
+    assert (divergence.kind, divergence.index) == ("mismatch", len(LONG) - 1)
+    assert 41e6 < memory.peak < 4.5 * 41e6
 
 
-# A compiled model's prompts are read eagerly, and copied.
+def test_prefill_makes_logits_of_the_last_token_alone(wide):
+    expected = wide.model(ids_of(LONG), use_cache=False, logits_to_keep=1).logits[0]
+    for cached in (wide, sd.CompiledModel(wide, len(LONG))):
+        with Allocated() as memory:
+            logits = cached.prefill(ids_of(LONG))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert 0 < memory.peak < 40e6
 
 
-def compiled(model, capacity=96):
-    """Its steps are not compiled here: they run as they are, with the same cache."""
-    return sd.CompiledModel(model, None, None, capacity)
+def llama4():
+    attention = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64}
+    return transformers.Llama4TextConfig(**SHAPE, **attention, head_dim=8, num_local_experts=2, moe_layers=[])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral", "gemma3", "gpt2"])
-def test_a_cache_of_fixed_size_takes_over_a_prompt(family, monkeypatch):
-    monkeypatch.setattr(sd, "PREFILL_CHUNK", 16)
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "mistral3", "gpt2", llama4])
+def test_logits_in_slices_are_those_of_one_pass(family, monkeypatch):
+    monkeypatch.setattr(sd, "SLICE", 7)
+    model = make_model(family if isinstance(family, str) else family())
+    main, text = sd.CachedModel(model, vocabulary=60), ids_of([*PROMPT, *LONG[:24]])
+    slices = list(sd.logits_along(main, text, len(PROMPT)))
+    assert [len(logits) for logits in slices] == [7, 7, 7, 3]
+    expected = model(text[:, :-1], use_cache=False).logits[0, len(PROMPT) - 1 :, :60]
+    torch.testing.assert_close(torch.cat(slices), expected, rtol=1e-4, atol=1e-4)
+
+
+# A compiled model's prompts are read eagerly, and copied into its cache. Its steps are not compiled here: they run as
+# they are, with the same cache.
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral", "gpt_oss", "gpt2"])
+def test_a_cache_of_fixed_size_takes_over_a_prompt(family):
+    """One prompt after the other; windows are 8 tokens. What was read eagerly is not kept."""
     model = make_model(family)
-    draft = like(model, 0.05)
-    main, helper = compiled(model), compiled(draft)
+    draft, capacity = like(model, 0.05), 40 + NEW + 2
+    main, helper = (sd.CompiledModel(sd.CachedModel(each), capacity) for each in (model, draft))
     storage = [part.data_ptr() for part in sd.keys_and_values(main.cache) + main.lengths]
     for length in (40, 3, 17, 1, 33):
         prompt = LONG[:length]
-        torch.testing.assert_close(
-            main.prefill(ids_of(prompt)), in_one_pass(model).prefill(ids_of(prompt)), rtol=1e-3, atol=1e-4
-        )
-        assert {layer.get_seq_length().item() for layer in main.cache.layers} == {length} == {main.cache.filled}
+        logits = main.prefill(ids_of(prompt))
+        torch.testing.assert_close(logits, sd.CachedModel(model).prefill(ids_of(prompt)), rtol=1e-3, atol=1e-4)
+        assert {layer.get_seq_length().item() for layer in main.cache.layers} == {length}
+        assert sd.keys_and_values(main.eager.cache) == []
         right = baseline(model, prompt, NEW).token_ids
         assert baseline(main, prompt, NEW).token_ids == right
         run, reference = speculate(main, helper, prompt, 3, NEW), speculate(model, draft, prompt, 3, NEW)
-        assert run.token_ids == right
-        assert counts_of(run) == counts_of(reference)
+        assert (run.token_ids, counts_of(run)) == (right, counts_of(reference))
     assert storage == [part.data_ptr() for part in sd.keys_and_values(main.cache) + main.lengths]
 
 
@@ -264,7 +165,7 @@ class Counted(TorchDispatchMode):
 
 
 def test_it_is_copied_in_one_operation_whatever_the_number_of_layers(monkeypatch):
-    main, prompt = compiled(make_model("gemma2")), ids_of(LONG[:30])
+    main, prompt = sd.CompiledModel(sd.CachedModel(make_model("gemma2")), 40), ids_of(LONG[:30])
     logits = main.eager.prefill(prompt, rolls_back=False)
     monkeypatch.setattr(main.eager, "prefill", lambda ids, rolls_back: logits)
     with Counted() as counted:
@@ -273,8 +174,8 @@ def test_it_is_copied_in_one_operation_whatever_the_number_of_layers(monkeypatch
     assert at_work == ["_foreach_zero_", "_foreach_zero_", "_foreach_copy_", "_foreach_add_"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("family", "attention"), [("gemma2", "eager"), ("llama", "eager"), ("llama", "sdpa")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("family", "attention"), [("gemma2", "eager"), ("llama", "sdpa")])
 def test_what_is_not_finite_in_one_text_does_not_reach_the_next(family, attention, value):
     """Masked, its weight is 0; but 0 times infinity is NaN."""
     model = make_model(family)
@@ -282,25 +183,23 @@ def test_what_is_not_finite_in_one_text_does_not_reach_the_next(family, attentio
     right = baseline(model, PROMPT, NEW).token_ids
     broken = next(token for token in range(61) if token not in (*PROMPT, *right))
     model.get_input_embeddings().weight.data[broken] = value
-    main, draft = compiled(model), compiled(model)
-    for text in ([broken] * 30, [*LONG[:50], broken]):
-        for once in (baseline, lambda main, *prompt: speculate(main, draft, *prompt[:1], 3, NEW)):
-            for cached in (main, draft):
-                assert not cached.prefill(ids_of(text)).isfinite().all()
-                assert not torch.cat([part.view(-1) for part in sd.keys_and_values(cached.cache)]).isfinite().all()
-            assert once(main, PROMPT, NEW).token_ids == right
+    main, draft = (sd.CompiledModel(sd.CachedModel(model), 64) for _ in range(2))
+    for once in (baseline, lambda main, *prompt: speculate(main, draft, *prompt[:1], 3, NEW)):
+        for cached in (main, draft):
+            assert not cached.prefill(ids_of([*LONG[:50], broken])).isfinite().all()
+            assert not torch.cat([part.view(-1) for part in sd.keys_and_values(cached.cache)]).isfinite().all()
+        assert once(main, PROMPT, NEW).token_ids == right
 
 
 def test_a_step_that_fails_half_way_leaves_nothing_for_the_next_text():
     model = make_model("llama")
-    main, right = compiled(model), baseline(model, PROMPT, NEW).token_ids
-    layer = model.model.layers[1]
+    main, right = sd.CompiledModel(sd.CachedModel(model), 32), baseline(model, PROMPT, NEW).token_ids
 
     def fail(*_):
         raise RuntimeError("CUDA out of memory.")
 
     main.prefill(ids_of(LONG[:9]))
-    hook = layer.register_forward_pre_hook(fail)
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError):
         main.step(sd.Greedy().sample, ids_of([3]))
     hook.remove()

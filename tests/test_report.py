@@ -1,13 +1,18 @@
 """The report: the JSON, the tables, the texts and every sentence, as they follow from the results."""
 
-import copy
 import dataclasses
+import io
+import itertools
 import json
+import math
 import re
+import types
+from collections import Counter
 
+import numpy
 import pytest
 import transformers
-from helpers import ROOT, generation_of
+from helpers import ROOT, baseline, generation_of, prompt_of
 from rich.console import Console
 
 import speculative_decoding as sd
@@ -26,12 +31,12 @@ def console_of(width=120, **options):
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
+COSTS = [0.1, 0.125, 0.15, 0.2, 0.3]
+DRAFT = sd.Contender("D", None, COSTS)
 BASELINE = sd.Method("baseline", None, step_bytes=990_000_000)
-FIXED = sd.Method("K = 3", None, "D", 3)
-AUTO = sd.Method("K = auto", None, "D", "auto", costs=[0.1, 0.2, 0.3])
+FIXED, AUTO = sd.Method("K = 3", None, DRAFT, 3), sd.Method("K = auto", None, DRAFT, "auto")
 GENERATE = sd.Method("generate()", None, library="transformers' generate(), eager")
-ASSISTED = sd.Method("assist 3", None, "D", 3, "transformers' assisted generation, K = 3, eager")
-METHODS = (BASELINE, FIXED, AUTO, GENERATE)
+METHODS, PAIR = (BASELINE, FIXED, AUTO, GENERATE), (BASELINE, FIXED)
 TOKENS = tuple(range(10, 21))
 ROUNDS = [(3, 3, 0.03, 0.1, 0.15), (3, 1, 0.03, 0.1, 0.15), (3, 0, 0.03, 0.1, 0.15)]
 RUNS = {
@@ -41,52 +46,11 @@ RUNS = {
     "generate()": generation_of(TOKENS, 1.0),
     "assist 3": generation_of(TOKENS, 0.8),
 }
+NAMES = {"baseline": "own", "K = 3": "fixed", "K = auto": "auto", "generate()": "library", "assist 3": "assisted"}
 
 
 def outcome_of(run, verdict="identical", divergence=None, why=None):
-    return sd.Outcome((run,), "a text", sd.Verdict(verdict, divergence, why))
-
-
-def result_of(number=1, methods=METHODS, factor=1.0, question=None, **changed):
-    """What the methods did with a prompt, `factor` times as slow; `changed`: outcomes by "fixed", "auto", …"""
-    names = {"baseline": "own", "K = 3": "fixed", "K = auto": "auto", "generate()": "library", "assist 3": "assisted"}
-    outcomes = {}
-    for method in methods:
-        run = RUNS[method.label.rpartition(", ")[2]]
-        first_token_s = run.first_token_s and run.first_token_s * factor
-        run = dataclasses.replace(run, latency_s=run.latency_s * factor, first_token_s=first_token_s)
-        outcomes[method.label] = changed.get(names.get(method.label), outcome_of(run))
-    return sd.Result(question or sd.Question("What?", number, ids=(1, 2, 3)), outcomes)
-
-
-def results_of(*prompts, methods=METHODS, memory=None, complete=True, can_compile=True, **settings):
-    given = {"main": "M", "draft": ("D",), "draft_tokens": (3, "auto"), "compile": "off"} | settings
-    environment = {"device": "cpu", "memory_bandwidth_gb_s": memory, "can_compile": can_compile}
-    return sd.Results(environment, sd.Settings(**given), tuple(methods), prompts, complete)
-
-
-def printed(results, tokenizer=None, width=120, console=None):
-    """All that is printed of results: headings, each prompt, and the report."""
-    console = console or console_of(width, color_system=None)
-    with console.capture() as capture:
-        sd.print_table(console, sd.PROMPT_COLUMNS, "  # prompt", {}, sd.label_width(results.methods))
-        for result in results.prompts:
-            sd.print_prompt(console, results, result, tokenizer)
-        sd.print_report(console, results)
-    json.dumps(sd.to_json(results), allow_nan=False)  # whatever it reports
-    return capture.get()
-
-
-def sentences(results):
-    """Those at the end of the report, each on a line of its own."""
-    return printed(results, width=4000).rpartition("\n\n")[2].splitlines()
-
-
-def spoken(prefix, results):
-    """The one sentence that begins so, or None."""
-    found = [line for line in sentences(results) if line.startswith(prefix)]
-    assert len(found) <= 1
-    return found[0] if found else None
+    return sd.Outcome(None, (run,), "a text", verdict, divergence, why)
 
 
 def changed(label, **fields):
@@ -95,153 +59,226 @@ def changed(label, **fields):
 
 
 def failed(why="CUDA out of memory."):
-    return sd.Outcome(error=why)
+    return sd.Outcome(why)
 
 
-def divergence(kind, gap, at_fault=None, index=16, noise=0.25):
-    return sd.Divergence(index, 4, 5, gap, 0.0625, noise, kind, at_fault)
+def result_of(number=1, methods=METHODS, factor=1.0, question=None, replays=None, **other):
+    """What the methods did with a prompt, `factor` times as slow; `other`: other outcomes by "fixed", "auto", …"""
+    outcomes = {}
+    for method in methods:
+        label = method.label.rpartition(", ")[2]
+        first_s = RUNS[label].first_token_s and RUNS[label].first_token_s * factor
+        made = changed(label, latency_s=RUNS[label].latency_s * factor, first_token_s=first_s)
+        outcomes[method.label] = other.get(NAMES[label], made)
+    return sd.Result(question or sd.Question("What?", number, ids=(1, 2, 3)), outcomes, replays or {})
 
 
-def judged_as(kind, gap=0.1, at_fault=None, why=None, label="K = 3", **where):
-    """An outcome of K = 3 with this verdict."""
-    found = divergence(kind, gap, at_fault, **where) if kind in ("tie", "mismatch") else None
+def results_of(*prompts, methods=METHODS, memory=None, can_compile=True, contenders=(DRAFT,), **settings):
+    given = {"main": "M", "draft": tuple(of.name for of in contenders), "draft_tokens": (3, "auto"), "compile": "off"}
+    environment = {"device": "cpu", "threads": 1, "memory_bandwidth_gb_s": memory, "can_compile": can_compile}
+    return sd.Results(environment, sd.Settings(**given | settings), tuple(methods), contenders, prompts)
+
+
+def printed(results, tokenizer=None, width=120):
+    """All that is printed of results: headings, each prompt, and the report. The JSON is the same before and after."""
+    console, told = console_of(width, color_system=None), sd.to_json(results)
+    with console.capture() as capture:
+        sd.print_figures(console, sd.PROMPT_COLUMNS, "  # prompt", {}, results.methods)
+        for result in results.prompts:
+            sd.print_prompt(console, results, result, tokenizer)
+        sd.print_report(console, results)
+    assert max(map(len, capture.get().splitlines())) <= width and sd.to_json(results) == told
+    return capture.get()
+
+
+def sentences(results):
+    """Those at the end of the report, each on a line of its own."""
+    return printed(results, width=4000).rpartition("\n\n")[2].splitlines()
+
+
+def spoken(word, results):
+    """The one sentence that has this word, or None."""
+    found = [line for line in sentences(results) if word in line] or [None]
+    assert len(found) == 1
+    return found[0]
+
+
+def table_of(text, title):
+    """The headings of a table, and its cells by the labels, without spaces within cells."""
+    lines = text[text.index(title) :].replace(" %", "%").partition("\n\n")[0].splitlines()
+    headings = lines[0].removeprefix(title).split()
+    rows = [line.rsplit(maxsplit=len(headings)) for line in lines[1:]]
+    return headings, {label.strip(): cells for label, *cells in rows}
+
+
+def judged_as(kind, gap=0.1, at_fault=None, why=None, index=16, label="K = 3"):
+    """An outcome with this verdict."""
+    found = sd.Divergence(index, 4, 5, gap, 0.0625, 0.25, kind, at_fault) if kind in ("tie", "mismatch") else None
     return outcome_of(RUNS[label], kind, found, why)
+
+
+def replay_of(chances):
+    """The replay of a draft model whose token has these chances, behind each token of a text."""
+    behind = [*chances, *[0.0] * sd.LONGEST]
+    rows = [behind[place : place + sd.LONGEST] for place in range(len(chances))]
+    return sd.Replay(numpy.array(rows), numpy.full(len(chances), sd.LONGEST))
 
 
 # The JSON
 
-FIGURES = """prompts new_tokens latency_s tokens_per_s time_to_first_token_s time_per_output_token_s speedup_percent
-decode_speedup_percent speedup_range_percent speedup_interval_percent rounds drafted accepted acceptance_rate alpha
-mean_acceptance_length acceptance_by_position log_likelihood log_likelihood_per_token draft_cost verify_cost
-predicted_speedup_percent ideal_speedup_percent speedup_if_percent break_even_alpha weight_bandwidth_gb_s identical ties
-mismatches unchecked"""
-OF_A_METHOD = "label draft draft_tokens library costs error summary categories"
-OF_A_PROMPT = "number question_id turn category prompt prompt_tokens outcomes"
-OF_AN_OUTCOME = "error figures token_ids text rounds verdict divergence unchecked"
+
+def json_of(results):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(sd.to_json(results), parse_constant=refuse)
 
 
 def test_the_json_of_a_real_run_holds_what_the_design_promises(demo):
     _, told = demo
-    assert list(told) == "schema environment settings methods prompts complete".split()
-    assert told["schema"] == 2 and told["complete"] is True
-    about = "device device_name threads processes python torch transformers compiled can_compile compile_s "
-    about += "memory_bandwidth_gb_s"
-    assert set(told["environment"]) == set(about.split()) and told["environment"]["device"] == "cpu"
+    assert list(told) == "schema environment settings methods drafts complete prompts".split()
+    assert told["schema"] == 3 and told["complete"] is True
+    about = "device device_name threads cores processes python torch transformers compiled can_compile "
+    assert set(told["environment"]) == {*about.split(), "memory_bandwidth_gb_s"}
     assert 0.5 < told["environment"]["memory_bandwidth_gb_s"] < 20_000
-    assert set(told["settings"]) == {field.name for field in dataclasses.fields(sd.Settings)}
-    assert told["settings"]["demo"] is True and told["settings"]["draft_tokens"] == [3, "auto"]
-    labels = ["baseline", "K = 3", "K = auto"]
-    assert [method["label"] for method in told["methods"]] == labels
-    drafts = [told["settings"]["draft"][0]] * 2
-    assert [method["draft"] for method in told["methods"]] == [None, *drafts]
-    assert [method["draft_tokens"] for method in told["methods"]] == [None, 3, "auto"]
-    for method in told["methods"]:
-        assert set(method) == set(OF_A_METHOD.split()) and set(method["summary"]) == set(FIGURES.split())
-        assert method["error"] is method["library"] is None and method["categories"] == {}
-    costs = told["methods"][2]["costs"]
-    assert told["methods"][0]["costs"] is told["methods"][1]["costs"] is None
-    assert len(costs) > max(max(prompt["outcomes"]["K = auto"]["rounds"]["drafted"]) for prompt in told["prompts"])
-    assert min(costs) > 0  # the seconds of a round of 0, 1, … draft tokens
-    assert [prompt["number"] for prompt in told["prompts"]] == [1, 2, 3, 4, 5]
-    for prompt in told["prompts"]:
-        assert set(prompt) == set(OF_A_PROMPT.split()) and list(prompt["outcomes"]) == labels
-        assert prompt["prompt_tokens"] > 3 and prompt["turn"] is prompt["category"] is prompt["question_id"] is None
-        for label, outcome in prompt["outcomes"].items():
-            assert set(outcome) == set(OF_AN_OUTCOME.split()) and set(outcome["figures"]) == set(FIGURES.split())
-            assert outcome["verdict"] == "identical" and outcome["divergence"] is outcome["error"] is None
-            assert len(outcome["token_ids"]) == outcome["figures"]["new_tokens"] and outcome["text"]
-            counts = [len(outcome["rounds"][name]) for name in ("drafted", "accepted", "seconds")]
-            assert set(counts) == {outcome["figures"]["rounds"] or 0} and (label == "baseline") is (counts[0] == 0)
+    kinds = sd.Settings, sd.DraftFigures, sd.Figures
+    of_settings, of_draft, figures = ({field.name for field in dataclasses.fields(kind)} for kind in kinds)
+    assert set(told["settings"]) == of_settings and [set(draft) for draft in told["drafts"]] == [of_draft]
+    labels, name = ["baseline", "K = 3", "K = auto"], told["settings"]["draft"][0]
+    for method, *about in zip(told["methods"], labels, (None, name, name), (None, 3, "auto"), strict=True):
+        assert list(method) == "label draft draft_tokens library error summary categories".split()
+        assert list(method.values())[:5] == [*about, None, None] and set(method["summary"]) == figures
+    for number, prompt in enumerate(told["prompts"], 1):
+        names = "number question_id category prompt prompt_tokens replays outcomes"
+        assert list(prompt) == names.split() and list(prompt.values())[:3] == [number, None, None]
+        assert {draft: len(rounds) for draft, rounds in prompt["replays"].items()} == {name: sd.LONGEST}
+        assert list(prompt["outcomes"]) == labels and prompt["prompt_tokens"] > 3
+        for did in prompt["outcomes"].values():
+            names = "error figures token_ids text latencies_s rounds verdict divergence unchecked"
+            assert set(did) == set(names.split()) and set(did["figures"]) == figures
+            assert did["verdict"] == "identical" and did["divergence"] is did["error"] is did["unchecked"] is None
+            assert len(did["token_ids"]) == did["figures"]["new_tokens"] and did["text"]
+            assert len(did["latencies_s"]) == 1
+            assert list(did["rounds"]) == list(sd.Round._fields)
 
 
 def test_the_json_says_what_each_method_did():
-    tie = divergence("tie", 0.125)
-    question = sd.Question("Who?", 7, 2, (1, 2), category="c", question_id="q")
-    half = sd.Outcome((RUNS["K = auto"],), "a text", None, "CUDA out of memory.")
-    first = result_of(question=question, fixed=outcome_of(RUNS["K = 3"], "tie", tie), auto=half)
-    (prompt,) = sd.to_json(results_of(first))["prompts"]
-    about = {"number": 7, "question_id": "q", "turn": 2, "category": "c", "prompt": "Who?", "prompt_tokens": 2}
-    assert {key: value for key, value in prompt.items() if key != "outcomes"} == about
-    told = prompt["outcomes"]["K = 3"]
-    assert told["verdict"] == "tie" and told["divergence"] == dataclasses.asdict(tie) and told["text"] == "a text"
-    assert told["token_ids"] == TOKENS and told["rounds"] == {
-        "drafted": [3, 3, 3],
-        "accepted": [3, 1, 0],
-        "seconds": [0.15, 0.15, 0.15],
-    }
-    told = prompt["outcomes"]["K = auto"]  # what a method did before it failed is there; it has no figures
-    assert (told["error"], told["figures"], told["verdict"]) == ("CUDA out of memory.", None, None)
-    assert told["token_ids"] == TOKENS and told["rounds"]["drafted"] == [4, 4, 4]
-
-
-def test_the_json_of_a_prompt_that_failed_is_null_and_not_counted():
-    """One whose method failed, and one whose baseline did; what was measured of the rest stays as it is."""
+    tie, half = judged_as("tie", 0.125), sd.Outcome("CUDA out of memory.", (RUNS["K = auto"],), "a text")
+    first = result_of(question=sd.Question("Who?", 7, (1, 2), category="c", question_id="q"), fixed=tie, auto=half)
     last = result_of(3, own=failed("the disk is gone"), fixed=judged_as("unchecked", why="no baseline"))
-    told = sd.to_json(results_of(result_of(1), result_of(2, fixed=failed()), last))
-    outcomes = [prompt["outcomes"] for prompt in told["prompts"]]
-    assert [each["K = 3"]["error"] for each in outcomes] == [None, "CUDA out of memory.", None]
-    assert [each["baseline"]["error"] for each in outcomes] == [None, None, "the disk is gone"]
-    assert {key for key, value in outcomes[1]["K = 3"].items() if value is not None} == {"error"}
-    assert outcomes[2]["K = 3"]["figures"]["speedup_percent"] is None
-    assert (outcomes[2]["K = 3"]["verdict"], outcomes[2]["K = 3"]["unchecked"]) == ("unchecked", "no baseline")
-    assert [method["summary"]["prompts"] for method in told["methods"]] == [2, 2, 3, 3]
-    assert [method["summary"]["identical"] for method in told["methods"]] == [2, 1, 3, 3]
-    gone = sd.to_json(results_of(result_of(1, fixed=failed())))
-    assert [method["summary"] is None for method in gone["methods"]] == [False, True, False, False]
+    told = json_of(results_of(first, result_of(2, fixed=failed()), last))
+    first, second, last = told["prompts"]
+    about = {"number": 7, "question_id": "q", "category": "c", "prompt": "Who?", "prompt_tokens": 2, "replays": {}}
+    assert {key: value for key, value in first.items() if key != "outcomes"} == about and not told["complete"]
+    did = first["outcomes"]["K = 3"]
+    assert (did["verdict"], did["text"], did["token_ids"]) == ("tie", "a text", list(TOKENS))
+    assert did["divergence"] == dataclasses.asdict(tie.divergence) and did["rounds"]["accepted"] == [3, 1, 0]
+    did = first["outcomes"]["K = auto"]  # what a method did before it failed is there; it has no figures
+    assert (did["error"], did["figures"], did["verdict"]) == ("CUDA out of memory.", None, None)
+    assert did["token_ids"] == list(TOKENS) and did["rounds"]["drafted"] == [4, 4, 4]
+    known = {key: value for key, value in second["outcomes"]["K = 3"].items() if value is not None}
+    assert known == {"error": "CUDA out of memory.", "latencies_s": [], "rounds": dict.fromkeys(sd.Round._fields, [])}
+    did = last["outcomes"]["K = 3"]
+    assert (did["verdict"], did["unchecked"], did["figures"]["speedup_percent"]) == ("unchecked", "no baseline", None)
+    assert [method["summary"]["prompts"] for method in told["methods"]] == [2, 1, 1, 2]
 
 
-def test_the_json_is_a_pure_function_of_the_results():
-    results = results_of(result_of(1), result_of(2, fixed=judged_as("mismatch", 3.0, "both")), memory=18.0)
-    before = copy.deepcopy(results)
-    told = json.dumps(sd.to_json(results), allow_nan=False)
-    printed(results)
-    assert results == before and json.dumps(sd.to_json(results), allow_nan=False) == told
-    other = dataclasses.replace(results, prompts=results.prompts[:1], complete=False)
-    told = sd.to_json(other)
-    assert told["complete"] is False and len(told["prompts"]) == 1
-    assert told["methods"][1]["summary"]["new_tokens"] == 11  # of what there is
+def test_nothing_that_is_not_finite_reaches_the_json():
+    """Wherever it stands: in records of any kind, and what follows from them."""
+    bad, odd = [math.nan, math.inf, -math.inf], sd.Contender("D", None, [math.inf, math.nan, 0.1])
+    run = generation_of(TOKENS, 0.5, math.nan, [(3, 1, *bad)] * 3, -math.inf)
+    broken = outcome_of(run, "tie", sd.Divergence(1, 2, 3, *bad, "tie", None))
+    methods, replays = (BASELINE, sd.Method("K = 3", None, odd, 3)), {"D": replay_of([math.nan] * 10)}
+    arguments = {"contenders": (odd,), "memory": math.nan, "chat_template_args": {"x": [math.inf]}}
+    told = json_of(results_of(result_of(1, PAIR, fixed=broken, replays=replays), methods=methods, **arguments))
+    assert told["environment"]["memory_bandwidth_gb_s"] is None
+    assert told["settings"]["chat_template_args"] == {"x": [None]} and told["drafts"][0]["costs"] == [None, None, 0.1]
+    did = told["prompts"][0]["outcomes"]["K = 3"]
+    assert [did["divergence"][name] for name in ("gap", "baseline_gap", "noise")] == [None] * 3
+    assert did["rounds"]["seconds"] == [None] * 3 and did["figures"]["log_likelihood"] is None
+    assert told["prompts"][0]["replays"]["D"] == [None] * 15
 
 
-def test_categories_have_figures_of_their_own():
-    kinds = {1: "a", 2: "b", 3: "a", 4: None}
-    prompts = [
-        result_of(question=sd.Question("?", number, ids=(1,), category=kind), factor=number)
-        for number, kind in kinds.items()
-    ]
-    for place in (1, 2):
-        prompts[place].outcomes["K = auto"] = failed()
-    told = sd.to_json(results_of(*prompts))["methods"]
-    tokens = [{kind: row["new_tokens"] for kind, row in method["categories"].items()} for method in told]
-    assert tokens == [{"a": 22, "b": 11}, {"a": 22, "b": 11}, {"a": 11}, {"a": 22, "b": 11}]
-    assert told[0]["categories"]["a"]["latency_s"] == pytest.approx(2.0)
+def test_a_prompts_json_and_figures_are_made_once(monkeypatch):
+    """However often it is printed and saved: what is made of one prompt is counted."""
+    made = Counter()
+
+    def count(name, is_of_one_prompt):
+        real = getattr(sd, name)
+
+        def counted(*given):
+            made[name] += is_of_one_prompt(given[0])
+            return real(*given)
+
+        monkeypatch.setattr(sd, name, counted)
+
+    count("figures_of", lambda prompts: len(prompts) == 1)
+    count("replayed", lambda replay: True)
+    count("finite", lambda figure: isinstance(figure, dict) and "outcomes" in figure)  # the last step to the JSON
+    results = replayed(result_of(1), result_of(2), result_of(3))
+    for prompts in (2, 2, 3, 3):
+        printed(dataclasses.replace(results, prompts=results.prompts[:prompts]))
+        assert (made["figures_of"], made["finite"]) == (4 * prompts, prompts) and made["replayed"] <= 3 * prompts
+
+
+def measured(llama, monkeypatch, labels=("baseline",), prompt_s=1.0, save_s=0.0, stderr=None, **question):
+    """Forty prompts of a real model, by a clock of the test's own: when it saved, (begun, ended); what it printed."""
+    seconds, saves, out = [1000.0], [], io.StringIO()
+    clock = types.SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=lambda: seconds[0])
+
+    def decode(prompt):
+        run = baseline(llama, prompt.ids, 2)
+        seconds[0] += prompt_s / len(labels)
+        return run
+
+    def save(results):
+        saves.append((seconds[0], seconds[0] + save_s))
+        seconds[0] += save_s
+
+    monkeypatch.setattr(sd, "time", clock)
+    monkeypatch.setattr(sd, "save_json", save)
+    questions = [dataclasses.replace(prompt_of([5, 9], number, 2), **question) for number in range(1, 41)]
+    models = sd.Models(sd.CachedModel(llama), (), sd.Greedy(), None)
+    results = results_of(methods=[sd.Method(label, decode) for label in labels], warmup=0)
+    ready = sd.Ready(results, questions, models, console_of(file=out), stderr or console_of(file=io.StringIO()))
+    results, problem = sd.measure(ready, sd.Peers())
+    assert problem is None and results.complete and len(results.prompts) == 40
+    return saves, out.getvalue()
+
+
+@pytest.mark.parametrize(("prompt_s", "save_s", "pause_s"), [(1.0, 0.01, 5.0), (10.0, 10.0, 90.0)])
+def test_saving_takes_a_tenth_of_the_time_at_most(llama, monkeypatch, prompt_s, save_s, pause_s):
+    """Every five seconds, or less often the longer a save takes; the first prompt is saved at once."""
+    saves, _ = measured(llama, monkeypatch, prompt_s=prompt_s, save_s=save_s)
+    pauses = [begun - ended for (_, ended), (begun, _) in itertools.pairwise(saves)]
+    assert saves[0][0] == 1000.0 + prompt_s and len(pauses) >= 3
+    assert all(pause_s <= pause < pause_s + prompt_s + 0.01 for pause in pauses[:-1])  # the last is at the end
+
+
+def test_names_that_run_along_are_safe(llama, monkeypatch):
+    """On a terminal, the progress line says what is run: with rich's own escapes, and no others."""
+    stderr = console_of(200, file=io.StringIO(), force_terminal=True, color_system=None)
+    names = "models/\x1b[2J\x07", "ngram"
+    labels = "baseline", f"{sd.short_name(names[0], sd.Settings(draft=names))}K = 3"
+    _, out = measured(llama, monkeypatch, labels, stderr=stderr, text=HOSTILE, question_id=HOSTILE)
+    progress = stderr.file.getvalue()
+    assert f"39 of 40 prompts done, now {HARMLESS}: baseline" in progress and ": �[2J�, K = 3" in progress
+    assert out.count(f"{HARMLESS} {HARMLESS}\n") == out.count("    �[2J�, K = 3 ") == 40
+    assert not any(hostile in out + progress for hostile in ("\x1b[2J", "\x07", "\u202e"))
 
 
 # The exit status
 
 
-@pytest.mark.parametrize(
-    ("fixed", "status"),
-    [
-        (outcome_of(RUNS["K = 3"]), 0),
-        (judged_as("tie"), 0),
-        (judged_as("sampled"), 0),
-        (judged_as("mismatch", 3.0, "speculative"), 1),
-        (judged_as("unchecked", why="CUDA out of memory."), 1),
-        (failed(), 1),
-    ],
-    ids=["all well", "tie", "sampled", "mismatch", "unchecked", "failed"],
-)
-def test_the_exit_status(fixed, status):
-    assert sd.exit_status(results_of(result_of(1), result_of(2, fixed=fixed))) == status
-
-
-def test_the_exit_status_where_the_baseline_or_the_library_fails():
-    assert sd.exit_status(results_of(result_of(1, own=failed()))) == 1
-    assert sd.exit_status(results_of(result_of(1, own=judged_as("mismatch", 1.0, "both", label="baseline")))) == 1
-    for library in (failed("the library refuses"), judged_as("mismatch", 9.0, "speculative", label="generate()")):
-        results = results_of(result_of(1, library=library))
-        assert sd.exit_status(results) == 0  # no failure of ours, and still told
-        assert not library.error or "    generate(): the library refuses\n" in printed(results)
+def test_the_exit_status():
+    """A failure of the library is none of ours."""
+    wrong, gone = judged_as("mismatch", 3.0, "both"), judged_as("unchecked", why="CUDA out of memory.")
+    for fixed in map(judged_as, ("identical", "tie", "sampled")):
+        assert sd.exit_status(results_of(result_of(1), result_of(2, fixed=fixed))) == 0
+    for fixed in (wrong, gone, failed()):
+        for other in ({"fixed": fixed}, {"own": fixed}):
+            assert sd.exit_status(results_of(result_of(1), result_of(2, **other))) == 1
+        assert sd.exit_status(results_of(result_of(1, library=fixed))) == 0
     nothing = results_of(result_of(1, own=failed(), fixed=failed("worse"), auto=failed()))
     with pytest.raises(sd.UsageError, match=r"no prompt could be decoded \(CUDA out of memory\.\)"):
         sd.exit_status(nothing)
@@ -251,199 +288,182 @@ def test_the_exit_status_where_the_baseline_or_the_library_fails():
 
 
 def test_numbers():
-    values = {
-        0.01234: "0.012",
-        0.5: "0.500",
-        3.14159: "3.14",
-        42.42: "42.4",
-        1234.5: "1234",
-        -7.654: "-7.65",
-        0: "0.000",
-    }
+    values = {0.01234: "0.012", 0.5: "0.500", 3.14159: "3.14", 42.42: "42.4", 1234.5: "1234", -7.654: "-7.65"}
     assert {value: sd.three_digits(value) for value in values} == values
     assert sd.three_digits(None) == sd.percent(None) == sd.share(None) == "–" == str(sd.gain(None))
-    assert (sd.percent(12.4, "+"), sd.percent(-12.6, "+"), sd.percent(71.9), sd.share(0.719)) == (
-        "+12 %",
-        "-13 %",
-        "72 %",
-        "72 %",
-    )
+    assert (sd.percent(12.4, "+"), sd.percent(-12.6, "+"), sd.share(0.719)) == ("+12 %", "-13 %", "72 %")
     assert (sd.gain(3.0).style, sd.gain(-3.0).style) == ("green", "red")
-    assert (sd.counted(1, "layer"), sd.counted(2048, "layer")) == ("1 layer", "2,048 layers")
+    assert sd.counted(1, "layer") == "1 layer" and sd.counted(2048, "layer") == "2,048 layers"
 
 
 def test_the_rows_of_prompts_and_their_mean():
     first = result_of(question=sd.Question("first\n\x1b[2J  line", 1, ids=(1,)))
     lines = [line.rstrip() for line in printed(results_of(first, result_of(2, factor=2.0))).splitlines()]
-    assert lines[0].split() == "# prompt tokens s TTFT tok/s faster accept length log-l. same".split()
+    assert lines[0].split() == ["#", "prompt", *sd.PROMPT_COLUMNS]
     assert lines[1] == "  1 first �[2J line" and lines[6] == "  2 What?" and lines[11] == "    mean"
     expected = {
-        2: "baseline | 11 1.00 0.010 11.0 – – – – yes",
-        3: "K = 3 | 11 0.500 0.010 22.0 +100 % 44 % 3.33 -1.00 yes",
-        4: "K = auto | 11 1.00 0.020 11.0 +0 % 75 % 3.33 -0.500 yes",
-        5: "generate() | 11 1.00 – 11.0 +0 % – – – yes",
-        12: "baseline | 11 1.50 0.015 7.33 – – – – 2/2",
-        13: "K = 3 | 11 0.750 0.015 14.7 +100 % 44 % 3.33 -1.00 2/2",
-        14: "K = auto | 11 1.50 0.030 7.33 +0 % 75 % 3.33 -0.500 2/2",
-        15: "generate() | 11 1.50 – 7.33 +0 % – – – 2/2",
+        2: "    baseline 11 1.00 0.010 11.0 – – – – yes",
+        3: "    K = 3 11 0.500 0.010 22.0 +100 % 44 % 3.33 -1.00 yes",
+        5: "    generate() 11 1.00 – 11.0 +0 % – – – yes",
+        12: "    baseline 11 1.50 0.015 7.33 – – – – 2/2",
+        14: "    K = auto 11 1.50 0.030 7.33 +0 % 75 % 3.33 -0.500 2/2",
     }
     for place, row in expected.items():
-        label, _, cells = row.partition(" | ")
-        assert lines[place].startswith(f"    {label} ") and lines[place].split() == [*label.split(), *cells.split()]
+        assert lines[place].split() == row.split() and lines[place][:9] == row[:9]
         assert len(lines[place]) == len(lines[0])  # they end where their headings do
-    assert printed(results_of(result_of(1))).count("    mean\n") == 0
+    assert "    mean\n" not in printed(results_of(result_of(1)))
 
 
 def test_methods_by_speed_and_the_best_by_category():
-    kinds = ["[bold]a\x1b[2J", "b", "b"]
-    factors = [1.0, 3.0, 3.0]
-    prompts = [
-        result_of(question=sd.Question("?", number, ids=(1,), category=kind), factor=factor)
-        for number, (kind, factor) in enumerate(zip(kinds, factors, strict=True), 1)
-    ]
-    lines = printed(results_of(*prompts)).splitlines()
-    headings = "tok/s faster decode predicted length α c v".split()
-    table = lines[lines.index(next(line for line in lines if line.startswith("By speed"))) :]
-    assert table[0].split() == ["By", "speed", *headings] and table[3].split() == []
-    # α = 4 / 6; a baseline step of (0.99 + 2.97 + 2.97) / 30 s; c = 0.01 and v = 0.1 s; decoding of 6.93 and 3.43 s.
-    step_s, alpha = 6.93 / 30, 4 / 6
-    c, v = 0.01 / step_s, 0.1 / step_s
-    predicted = 100 * ((1 - alpha**4) / ((1 - alpha) * (3 * c + v)) - 1)
-    cells = ["9.43", "+100", "%", f"{100 * (6.93 / 3.43 - 1):+.0f}", "%", f"{predicted:+.0f}", "%", "3.33", "0.667"]
-    assert table[1].split() == ["K", "=", "3", *cells, f"{c:.3f}", f"{v:.3f}"]
-    assert table[2].startswith("  K = auto ") and table[2].split()[3:8] == "4.71 +0 % +1 %".split()
-    assert table[2].split()[8:] == ["–", "3.33", "0.750", f"{0.025 / step_s:.3f}", f"{0.2 / step_s:.3f}"]
-    table = table[4:]
-    assert table[0].split() == ["By", "category", *headings]
-    assert table[1].startswith("  [bold]a�[2J ") and table[2].startswith("  b ")
-    assert [row.removeprefix("  [bold]a�[2J").split()[0] for row in table[1:2]] == ["22.0"]  # of K = 3, the fastest
-    assert table[2].split()[1] == "7.33" and table[3] == ""
+    questions = [sd.Question("?", n, ids=(1,), category=kind) for n, kind in enumerate((HOSTILE, "b", "b"))]
+    prompts = [result_of(question=of, factor=factor) for of, factor in zip(questions, (1.0, 3.0, 3.0), strict=True)]
+    text = printed(results_of(*prompts))
+    headings, rows = table_of(text, "By speed")
+    assert headings == [*sd.SUMMARY_COLUMNS] and list(rows) == ["K = 3", "K = auto"]
+    # A baseline step of (0.99 + 2.97 + 2.97) / 30 s; c = 0.01 and v = 0.1 s; decoding of 6.93 and 3.43 s.
+    c, v = 0.01 / (6.93 / 30), 0.1 / (6.93 / 30)
+    expected = f"9.43 +100% {100 * (6.93 / 3.43 - 1):+.0f}% – 3.33 0.667 {c:.3f} {v:.3f}"
+    assert rows["K = 3"] == expected.split() and rows["K = auto"][:2] == ["4.71", "+0%"]
+    headings, rows = table_of(text, "By category")
+    assert headings == [*sd.SUMMARY_COLUMNS] and list(rows) == [HARMLESS, "b"]
+    assert [cells[0] for cells in rows.values()] == ["22.0", "7.33"]  # of K = 3, the fastest
 
 
-@pytest.mark.parametrize(
-    ("fixed", "word", "style"),
-    [
-        (outcome_of(RUNS["K = 3"]), "yes", "green"),
-        (judged_as("tie"), "tie", "yellow"),
-        (judged_as("mismatch", 9.0, "both"), "NO", "bold red"),
-        (judged_as("unchecked", why="CUDA out of memory."), "?", "bold red"),
-        (judged_as("sampled"), "sampled", ""),
-    ],
-)
-def test_whether_a_text_is_the_same_is_one_word(fixed, word, style):
-    shown = sd.in_colour(sd.figures_of((result_of(fixed=fixed),), FIXED).verdict)
-    assert (str(shown), shown.style) == (word, style)
+def test_whether_a_text_is_the_same_is_one_word():
+    words = {"identical": "yes green 2/2", "tie": "tie yellow 0/2", "mismatch": "NO bold red 0/2"}
+    for kind, word in (words | {"unchecked": "? bold red 0/2", "sampled": "sampled  sampled"}).items():
+        one, two = (sd.figures_of([result_of(fixed=judged_as(kind))] * count, FIXED).verdict for count in (1, 2))
+        assert f"{one} {sd.in_colour(one).style} {two}" == word
 
 
 def test_a_method_that_failed_is_a_line_that_says_why():
-    lines = printed(results_of(result_of(1, fixed=failed("first \x1b line"), auto=failed()), result_of(2))).splitlines()
-    at = lines.index("    K = 3: first � line")
+    """In its prompt; if its draft could not run at all, once for all prompts, by a name that is safe."""
+    gone = sd.Contender("x/\x1b[2Jgone", None, [], error="it is gone")
+    prompts = [result_of(1, fixed=failed("why not"), auto=failed()), result_of(2)]
+    for result in prompts:
+        result.outcomes["gone, K = 3"] = failed("it is gone")
+    methods = (*METHODS, sd.Method("gone, K = 3", None, gone, 3))
+    lines = printed(results_of(*prompts, methods=methods, contenders=(DRAFT, gone))).splitlines()
+    at = lines.index("    K = 3: why not")
     assert lines[at + 1] == "    K = auto: CUDA out of memory." and lines[at + 2] == "  2 What?"
-    assert lines[at - 2].startswith("    baseline ") and lines[at - 1].startswith("    generate() ")
+    assert [line for line in lines if "it is gone" in line] == ["    x/�[2Jgone: it is gone"]
 
 
-HEADINGS = "tokens s TTFT tok/s faster accept length log-l. same".split()
-SUMMARY = "tok/s faster decode predicted length α c v".split()
-WIDEST = dict.fromkeys(
-    ["K = 3"], generation_of(range(99999), 12345.6, 1234.5, [(3, 3, 1.0, 2.0, 4.0)] * 25000, -9.26e5)
-)
+WIDEST = generation_of(range(99999), 12345.6, 1234.5, [(3, 3, 1.0, 2.0, 4.0)] * 30, -12.3 * 90)
 
 
-@pytest.mark.parametrize(
-    ("width", "left_out", "left_out_below"),
-    [
-        (160, [], []),
-        (100, [], []),
-        (80, [], []),
-        (78, ["TTFT"], []),
-        (66, ["TTFT", "log-l."], ["predicted"]),
-        (60, ["TTFT", "log-l.", "length"], ["predicted", "decode"]),
-    ],
-)
-def test_columns_are_left_out_in_order_and_no_figure_is_cut(width, left_out, left_out_below):
-    """The widest figures, on terminals of several widths."""
-    slow = dataclasses.replace(WIDEST["K = 3"], latency_s=12345.6 * 13.345, rounds=(), log_likelihood=0.0)
-    methods = (BASELINE, FIXED)
+@pytest.mark.parametrize("width", [40, 50, 60, 80, 100, 160])
+@pytest.mark.parametrize("draft", ["", "gemma-2-2b-it, "])
+def test_columns_are_left_out_in_order_and_no_figure_is_cut(width, draft):
+    """The widest figures. Of a label, at least 12 characters can be read; from 80 columns on, which K it is."""
+    slow = dataclasses.replace(WIDEST, latency_s=12345.6 * 13.345, rounds=(), log_likelihood=0.0)
+    methods = (BASELINE, dataclasses.replace(FIXED, label=f"{draft}K = 3"))
     question = sd.Question("A prompt of some length that must be cut " * 9, 123, ids=(1,))
-    result = result_of(methods=methods, question=question, own=outcome_of(slow), fixed=outcome_of(WIDEST["K = 3"]))
-    results = results_of(result, methods=methods)
-    lines = printed(results, width=width).splitlines()
-    assert max(map(len, lines)) <= width
-    cells = {"tokens": "99999", "s": "12346", "TTFT": "1234", "tok/s": "8.10", "faster": "+1234 %"}
-    cells |= {"accept": "100 %", "length": "4.00", "log-l.": "-12.3", "same": "yes"}
-    baseline = {"tokens": "99999", "s": "164752", "TTFT": "1234", "tok/s": "0.607"} | dict.fromkeys(HEADINGS[4:8], "–")
-    shown = [heading for heading in HEADINGS if heading not in left_out]
-    assert lines[0].split() == ["#", "prompt", *shown]
-    assert lines[1].startswith("123 A prompt of some length") and lines[1].endswith("…") and len(lines[1]) == width
-    assert lines[2].split() == ["baseline", *((baseline | {"same": "yes"})[heading] for heading in shown)]
-    assert lines[3].split() == ["K", "=", "3", *" ".join(cells[heading] for heading in shown).split()]
-    assert len({len(line.rstrip()) for line in (lines[0], *lines[2:4])}) == 1
-    summary = [heading for heading in SUMMARY if heading not in left_out_below]
-    at = next(place for place, line in enumerate(lines) if line.startswith("By speed"))
-    assert lines[at].split() == ["By", "speed", *summary]
-    step_s = (12345.6 * 13.345 - 1234.5) / 99998
-    cells = {"tok/s": "8.10", "faster": "+1234 %", "length": "4.00", "α": "1.00", "c": f"{1 / 3 / step_s:.3f}"}
-    cells |= {"v": sd.three_digits(2 / step_s), "decode": f"{100 * (step_s * 99998 / (12345.6 - 1234.5) - 1):+.0f} %"}
-    cells["predicted"] = f"{100 * (4 / (1 / step_s + 2 / step_s) - 1):+.0f} %"
-    assert lines[at + 1].split() == ["K", "=", "3", *" ".join(cells[heading] for heading in summary).split()]
-
-
-@pytest.mark.parametrize("width", [60, 80, 100, 160])
-@pytest.mark.parametrize("draft", ["2b-it, ", "ngram+a-draft-with-a-long-name, "])
-def test_long_labels_push_columns_out_and_cut_no_figure(width, draft):
-    methods = [BASELINE, *(dataclasses.replace(method, label=draft + method.label) for method in (FIXED, AUTO))]
-    prompts = [result_of(number, methods, question=sd.Question("?", number, ids=(1,))) for number in (1, 2)]
-    lines = printed(results_of(*prompts, methods=methods), width=width).splitlines()
-    assert max(map(len, lines)) <= width
-    shown = lines[0].split()[2:]
-    assert shown == [heading for heading in HEADINGS if heading in shown]  # in their order
-    order = [heading for heading in sd.LEFT_OUT_FIRST if heading in HEADINGS]
-    assert [heading for heading in order if heading not in shown] == order[: len(HEADINGS) - len(shown)]
-    cells = {"tokens": "11", "s": "0.500", "TTFT": "0.010", "tok/s": "22.0", "faster": "+100 %", "accept": "44 %"}
-    cells |= {"length": "3.33", "log-l.": "-1.00", "same": "yes"}
-    assert lines[3].startswith(f"    {draft[:12]}")  # a label may be cut
-    expected = " ".join(cells[heading] for heading in shown).split()
-    assert lines[3].split()[-len(expected) :] == expected
+    result = result_of(1, methods, question=question, own=outcome_of(slow), fixed=outcome_of(WIDEST))
+    text = printed(results_of(result, methods=methods), width=width)
+    line, step_s = text.splitlines()[1], (12345.6 * 13.345 - 1234.5) / 99998
+    assert line.startswith("123 A prompt of some length") and line.endswith("…") and len(line) == width
+    cells = "99999 12346 1234 8.10 +1234% 100% 3333 -12.3 yes".split()
+    below = [f"{100 * (step_s * 99998 / 11111.1 - 1):+.0f}%", *"– 3333 1.00".split()]
+    below = ["8.10", "+1234%", *below, f"{1 / 3 / step_s:.3f}", f"{2 / step_s:.2f}"]
+    for title, columns, values in (("  # prompt", sd.PROMPT_COLUMNS, cells), ("By speed", sd.SUMMARY_COLUMNS, below)):
+        headings, rows = table_of(text, title)
+        gone = [heading for heading in sd.LEFT_OUT_FIRST if heading in columns][: len(columns) - len(headings)]
+        assert headings == [heading for heading in columns if heading not in gone] and (width < 100 or not gone)
+        label, found = rows.popitem()
+        assert found == [value for heading, value in zip(columns, values, strict=True) if heading in headings]
+        assert label == methods[1].label or (width < 80 and label.endswith("…") and len(label) >= 12)
 
 
 def test_as_many_prompts_as_a_file_can_have_are_counted_uncut():
-    """The last column, of which nothing may be cut: with 1,000 prompts "999/1000" are the same."""
-    row = dataclasses.replace(sd.figures_of((result_of(),), FIXED), prompts=1000, identical=999, new_tokens=11000)
-    console = console_of(120, color_system=None)
-    with console.capture() as capture:
-        sd.print_table(console, sd.PROMPT_COLUMNS, "", {"    K = 3": row}, 14)
-    assert capture.get().rstrip().endswith(" 999/1000")
-
-
-def test_a_long_category_gives_way_to_its_figures():
+    """In the last column, and in the label, which says over how many. A long category gives way."""
+    row = dataclasses.replace(sd.prompt_figures(result_of(), FIXED), prompts=1000, identical=1000, new_tokens=11000)
+    results = results_of(*[result_of()] * 1001)
+    for width in (40, 80, 120):
+        console = console_of(width, color_system=None)
+        with console.capture() as capture:
+            rows = sd.over_how_many(results, {"K = 3": row})
+            sd.print_figures(console, sd.PROMPT_COLUMNS, "", rows, results.methods)
+        assert capture.get().rstrip().endswith(" 1000/1000")
+        assert width < 80 or capture.get().startswith("    K = 3 (1000 of 1001) ")
     questions = [sd.Question("?", number, ids=(1,), category=kind) for number, kind in ((1, "c" * 100), (2, "short"))]
-    text = printed(results_of(*(result_of(question=question) for question in questions)), width=80)
-    table = text[text.index("By category") :].splitlines()[1:3]
-    assert table[0].startswith("  ccc") and table[0].split()[0].endswith("…")
-    assert table[0].split()[1:] == table[1].split()[1:] and max(map(len, text.splitlines())) <= 80
+    _, rows = table_of(printed(results_of(*(result_of(question=of) for of in questions)), width=80), "By category")
+    assert rows["short"] in rows.values() and [label[:5] for label in rows] == ["ccccc", "short"]
 
 
-# Hostile text
+# A draft by K, replayed
+
+RIGHT = [1.0, 1.0, 1.0, 0.0] * 2 + [1.0, 1.0]  # of which K = 3 makes 3 rounds
+
+
+def replayed(*prompts, contenders=(DRAFT,), methods=METHODS):
+    """Results whose prompts are replayed with all drafts that there are."""
+    replays = {of.name: replay_of(RIGHT) for of in contenders if not of.error}
+    made = [dataclasses.replace(result, replays=replays) for result in prompts]
+    return results_of(*made, methods=methods, contenders=contenders)
+
+
+def test_by_k_replayed():
+    """Ten steps of 0.1 s become 5, 5, 3 and 3 rounds. What has no cost has no figure."""
+    results = replayed(result_of(1), result_of(2))
+    seconds = (5 * 0.125, 5 * 0.15, 3 * 0.2, 3 * 0.3, 0.2 + 0.2 + 0.125)
+    *gains, oracle = [f"{100 * (1 / each - 1):+.0f}%" for each in seconds]
+    headings, rows = table_of(printed(results), "By K, replayed")
+    assert headings == "1 2 3 4 6 8 12 15".split()
+    assert rows == {"draft": [*gains[:2], f"{gains[2]}*", gains[3], *["–"] * 4]}
+    assert table_of(printed(results), "By speed")[1]["K = 3"][3] == gains[2]  # predicted
+    said = spoken("Replayed", results).replace(" %", "%")
+    assert f"is 3: {gains[2]}" in said and oracle in said and "K = auto gave +1%" in said
+    assert "gave" not in spoken("Replayed", replayed(result_of(1, PAIR), methods=PAIR))  # without auto
+    assert "By K" not in printed(results_of(result_of())) and spoken("Replayed", results_of(result_of())) is None
+
+
+def test_by_k_of_several_drafts_on_a_narrow_terminal():
+    """A row a draft, but for one that failed, or whose replay did. No figure is cut."""
+    long = sd.Contender("x/a\x1b[2J-long-draft", None, [0.1 + k / 1e3 for k in range(16)])
+    gone, broken = sd.Contender("gone", None, [], error="it is gone"), sd.Contender("broken", None, COSTS)
+    methods = (BASELINE, FIXED, sd.Method("a�[2J-long-draft, K = 3", None, long, 3))
+    results = replayed(result_of(1, methods), contenders=(DRAFT, long, gone), methods=methods)
+    results = dataclasses.replace(results, contenders=(*results.contenders, broken))
+    whole, rows = table_of(printed(results), "By K, replayed")
+    assert list(rows) == ["D", "a�[2J-long-draft"] and all("*" in "".join(cells) for cells in rows.values())
+    for width, most in ((80, 8), (60, 7), (40, 3)):
+        headings, cut = table_of(printed(results, width=width), "By K, replayed")
+        assert headings == [k for k in whole if k in headings] and 1 < len(headings) <= most
+        for (label, cells), (whole_label, all_cells) in zip(cut.items(), rows.items(), strict=True):
+            assert label[:11] == whole_label[:11] and cells == [all_cells[whole.index(k)] for k in headings]
+    assert "of x/a�[2J-long-draft is 3" in spoken("Replayed", results)  # the best K of the best draft
+    assert [draft["best_draft_tokens"] for draft in json_of(results)["drafts"]] == [3, 3, None, None]
+
+
+def test_a_measured_k_that_differs_from_its_replay():
+    """By more than the prompts differ among each other, and than 5 points: the replay says +67 %, it was +102 %."""
+    words, said = ("K = 3", "+102 %", "+67 %"), spoken("its replay", replayed(result_of(1), result_of(2)))
+    assert all(word in said for word in words)
+    fast, near = changed("K = 3", latency_s=0.3), changed("K = 3", latency_s=0.602)
+    for alike in (
+        replayed(result_of(1), result_of(2, fixed=fast)),  # they differ by more
+        replayed(result_of(1, fixed=near), result_of(2, fixed=near)),
+        replayed(result_of(1)),  # of one prompt, there is no spread
+        results_of(result_of(1), result_of(2)),
+    ):
+        assert spoken("its replay", alike) is None
+
+
+# Hostile text, and texts
 
 
 def test_text_from_outside_is_made_safe(tokenizer):
-    """In prompts, categories, ids, errors and outputs: no escapes, no overrides, no markup that is obeyed."""
+    """In prompts, ids and outputs: no escapes, no overrides, no markup that is obeyed."""
     assert sd.safe(f"{HOSTILE}\n") == f"{HARMLESS}\n" and sd.plain(f" {HOSTILE}\n  y ") == f"{HARMLESS} y"
-    question = sd.Question(f"{HOSTILE} :smile: ?", 1, 1, (1,), category=HOSTILE, question_id=HOSTILE)
-    first = result_of(question=question, fixed=judged_as("tie"), auto=failed(HOSTILE))
+    assert sd.one_line(ValueError(f"{HOSTILE}\nbad")) == f"{HARMLESS} bad" and sd.one_line(KeyError()) == "KeyError"
+    question = sd.Question(f"{HOSTILE} :smile: ?", 1, (1,), question_id=HOSTILE)
     ids = tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
-    run = generation_of(ids, 0.5, 0.1, [(len(ids) - 1, len(ids) - 1, 0.1, 0.1, 0.2)])
-    second = result_of(2, fixed=outcome_of(run), question=sd.Question("?", 2, ids=(1,)))
-    text = printed(results_of(first, second, show_text=True), tokenizer)
+    second = result_of(2, fixed=outcome_of(generation_of(ids, 0.5, 0.1, [(len(ids) - 1, len(ids) - 1, 0.1, 0.1, 0.2)])))
+    text = printed(results_of(result_of(question=question, fixed=judged_as("tie")), second, show_text=True), tokenizer)
     assert not set(text) & {"\x1b", "\u202e", "\x07", "\u200b"}
-    lines = text.splitlines()
-    assert lines[1] == f"{HARMLESS}.1 {HARMLESS} :smile: ?"
-    assert f"    K = auto: {HARMLESS}" in lines and HARMLESS in lines
-    assert any(line.startswith("  [red]�[2J") for line in lines[lines.index("    mean") :])  # the category
-    assert f"The largest: prompt {HARMLESS}.1, K = 3, new token 17" in " ".join(lines)
-
-
-# The texts
+    assert text.splitlines()[1] == f"{HARMLESS} {HARMLESS} :smile: ?" and HARMLESS in text.splitlines()
+    assert f"The largest: prompt {HARMLESS}, K = 3, new token 17" in " ".join(text.split())
 
 
 def shown(run, console, tokenizer):
@@ -456,28 +476,21 @@ def test_show_text_says_where_each_token_comes_from(tokenizer):
     ids = tokenizer("Sort the list in place.", add_special_tokens=False)["input_ids"]
     pieces = [tokenizer.decode(ids[: n + 1])[len(tokenizer.decode(ids[:n])) :] for n in range(len(ids))]
     assert len(pieces) >= 6
-    rounds = [(2, 1), (2, 2), (0, 0)]  # first; draft, correction; draft, draft, bonus; its own; …
-    run = generation_of(ids[:7], rounds=[*rounds, (1, 1)])
+    run = generation_of(ids[:7], rounds=[(2, 1), (2, 2), (0, 0), (1, 1)])  # the last one is cut off
     marked = [pieces[0], pieces[1], f"«{pieces[2]}»", pieces[3], pieces[4], f"‹{pieces[5]}›", *pieces[6:7]]
-    text = shown(run, console_of(200), tokenizer)
-    assert text.partition("\n")[0] == "".join(marked)
-    legend = (
-        "accepted draft token",
-        "«the main model's own, after a rejection»",
-        "‹its bonus token›",
-        "its own, nothing drafted",
-    )
-    assert re.split(" {2,}", text.partition("\n")[2].strip()) == [*legend]
+    text, _, legend = shown(run, console_of(200), tokenizer).partition("\n")
+    assert text == "".join(marked)
+    legend = re.split(" {2,}", legend.strip())
+    assert [each[0] for each in legend] == ["a", "«", "‹", "i"] and "nothing drafted" in legend[3]
     coloured = console_of(100, force_terminal=True, color_system="standard", no_color=False)
     text = shown(run, coloured, tokenizer)
-    assert f"\x1b[32m{pieces[1]}\x1b[0m\x1b[1;31m{pieces[2]}\x1b[0m" in text and f"\x1b[36m{pieces[5]}\x1b[0m" in text
-    assert "«" not in text and text.startswith(pieces[0])
+    for code, piece in (("32", pieces[1]), ("1;31", f"«{pieces[2]}»"), ("36", f"‹{pieces[5]}›")):
+        assert f"\x1b[{code}m{piece}\x1b[0m" in text
 
 
 def test_show_text_with_characters_of_several_tokens(tokenizer):
-    text = "é日本\n"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) > len(text)  # in bytes
+    ids = tokenizer("é日本\n", add_special_tokens=False)["input_ids"]
+    assert len(ids) > len("é日本\n")  # in bytes
     run = generation_of(ids, rounds=[(len(ids) - 1, len(ids) - 1)])
     assert shown(run, console_of(100), tokenizer).startswith("é日本\n")
     half = generation_of(ids[:1], rounds=[])  # the text may end within one: a sign says so
@@ -485,269 +498,126 @@ def test_show_text_with_characters_of_several_tokens(tokenizer):
 
 
 def test_the_texts_of_our_methods_are_shown_below_their_prompt(tokenizer):
-    runs = {"fixed": outcome_of(RUNS["K = 3"]), "auto": failed()}
-    text = printed(results_of(result_of(1, **runs), show_text=True), tokenizer)
-    assert [text.count(f"\n{label}:\n") for label in ("baseline", "K = 3", "K = auto", "generate()")] == [0, 1, 0, 0]
-    assert text.count("accepted draft token") == 1
-    assert "accepted draft token" not in printed(results_of(result_of(1)), tokenizer)
+    text = printed(results_of(result_of(1, auto=failed()), show_text=True), tokenizer)
+    assert [text.count(f"\n{label}:\n") for label in NAMES] == [0, 1, 0, 0, 0] and "accepted draft" in text
+    assert "accepted draft" not in printed(results_of(result_of(1)), tokenizer)
 
 
 # The sentences: each where it is true, and silent where it is not
 
 
-def test_the_sentences_are_the_figures_in_words():
-    step_s = (3.0 - 0.03) / 20
-    c, v, alpha = 0.01 / step_s, 0.1 / step_s, 4 / 6
-    two = results_of(result_of(1), result_of(2, factor=2.0), methods=METHODS[:2], draft_tokens=(3,))
-    expected = [
-        "Speculative decoding was 2.00 times as fast (over the prompts 2.00 to 2.00). A pass of the main model yielded "
-        f"3.33 tokens, and α = {alpha:.3f} of the tested draft tokens were accepted. A verify pass cost v = {v:.3f} "
-        f"baseline steps, a draft step c = {c:.3f}.",
-        "Rounds in which at least 1, 2, … draft tokens were accepted: 67 %, 33 %, 33 %.",
-        # Of 1.5 s, the baseline's 3 s, 0.6 of verify passes and 0.18 of drafting; rounds of 0.9 s in all. 8 of 18 draft
-        # tokens are accepted: 14 of 24 rounds' tokens.
-        f"With a draft that cost nothing it would be {100 * (3 / (1.5 - 0.18) - 1):+.0f} %, with one that is always "
-        f"right {100 * (3 / (1.5 - 0.9 * 10 / 24) - 1):+.0f} %, and with verify passes as cheap as baseline steps "
-        f"{100 * (3 / (1.5 - 0.6 + 6 * step_s) - 1):+.0f} %.",
-        "At these c and v a draft pays from α = 0.000 on, with the best K.",
-        "All 2 outputs are the main model's own, token for token.",
-    ]
-    assert c + v < 1  # a verify pass faster than a step: the machine was busy, and that is said
-    assert [line for line in sentences(two) if not line.startswith(CANNOT_BE)] == expected
-    one = sentences(results_of(result_of(1), methods=METHODS[:2]))
-    assert one[0].startswith("Speculative decoding was 2.00 times as fast. A pass")  # of one prompt, there is no range
-    assert one[-1] == "The output is the main model's own, token for token."
+def numbered(*outcomes, **how):
+    """Results whose K = 3 have these outcomes, of prompts 1, 2, …; without other methods but the baseline."""
+    return results_of(*(result_of(n, PAIR, fixed=each) for n, each in enumerate(outcomes, 1)), methods=PAIR, **how)
 
 
-CANNOT_BE = "These figures cannot all be right: the machine was busy with something else. Try --repeats 5."
+def alone(own, fixed):
+    """Results of one prompt, with these outcomes of the baseline and of K = 3."""
+    return results_of(result_of(1, PAIR, own=own, fixed=fixed), methods=PAIR)
 
 
-def test_ten_prompts_have_an_interval():
-    fixed = [changed("K = 3", latency_s=0.5 + number / 40) for number in range(10)]
-    said = spoken("Speculative decoding", results_of(*(result_of(n, fixed=run) for n, run in enumerate(fixed, 1))))
-    low, high = map(float, re.search(r"\(95 % interval (\d\.\d\d) to (\d\.\d\d)\)", said).groups())
-    assert 1.38 < low < 10 / 6.125 < high < 2.0 and "over the prompts" not in said
+def of_two_drafts(*latencies):
+    """Results of a and b with K = 3 and 4, which took so long, or failed (None)."""
+    drafts, outcomes = [sd.Contender(name, None, COSTS) for name in "ab"], {"baseline": outcome_of(RUNS["baseline"])}
+    methods = [BASELINE, *(sd.Method(f"{of.name}, K = {k}", None, of, k) for of in drafts for k in (3, 4))]
+    for method, latency_s in zip(methods[1:], latencies, strict=True):
+        outcomes[method.label] = changed("K = 3", latency_s=latency_s) if latency_s else failed()
+    return results_of(sd.Result(sd.Question("?", 1, ids=(1,)), outcomes, {}), methods=methods, contenders=tuple(drafts))
 
 
-def test_figures_that_cannot_be_right_are_said_to_be_noise():
-    """A verify pass below a step, or a speedup above the mean acceptance length: only another load explains them."""
-
-    def said(rounds, latency_s=0.5):
-        """With a step of 0.089 s."""
-        fixed = changed("K = 3", rounds=tuple(rounds), latency_s=latency_s)
-        result = result_of(own=changed("baseline", latency_s=0.9), fixed=fixed, methods=METHODS[:2])
-        return spoken("These", results_of(result, methods=METHODS[:2]))
-
-    calm = [sd.Round(*each) for each in ROUNDS]  # a verify pass takes 0.1 s
-    assert said(calm) is None
-    assert said(each._replace(verify_s=0.07) for each in calm) == CANNOT_BE
-    assert said(calm, 0.2) == CANNOT_BE  # 0.89 / 0.19 = 4.68, but 3.33 tokens a pass
-    assert said(each._replace(draft_s=None, verify_s=None) for each in calm) is None
+def with_library():
+    """Results with three methods of the library's."""
+    assisted = [sd.Method(label, None, DRAFT, k, "generation") for label, k in (("assist 3", 3), ("assisted", "auto"))]
+    methods = (*METHODS, *assisted)
+    result = result_of(1, methods[:-1])
+    result.outcomes["assisted"] = outcome_of(RUNS["assist 3"])
+    return results_of(result, methods=methods)
 
 
-def test_where_the_clock_cannot_tell_a_rounds_parts_apart_nothing_is_said_of_them():
-    rounds = tuple(sd.Round(k, n, round_s=round_s) for k, n, _, _, round_s in ROUNDS)
-    said = sentences(results_of(result_of(fixed=changed("K = 3", rounds=rounds)), methods=METHODS[:2]))
-    assert said == [
-        "Speculative decoding was 2.00 times as fast. A pass of the main model yielded 3.33 tokens, and α = 0.667 of "
-        "the tested draft tokens were accepted.",
-        "Rounds in which at least 1, 2, … draft tokens were accepted: 67 %, 33 %, 33 %.",
-        "The output is the main model's own, token for token.",
-    ]
-
-
-def test_where_nothing_was_drafted_nothing_is_said_of_drafts():
-    idle = changed("K = 3", rounds=(sd.Round(0, 0, 0.0, 0.05, 0.05),) * 10, log_likelihood=0.0, latency_s=1.2)
-    assert sentences(results_of(result_of(fixed=idle), methods=METHODS[:2])) == [
-        "Nothing was ever drafted: no draft token was worth its cost here, or none was found.",
-        "The output is the main model's own, token for token.",
-    ]
-
-
-def test_too_few_tokens_to_tell():
-    """One token, which the prefill gave, and no round: it is not that no draft token was worth its cost."""
-    one = {"token_ids": (7,), "rounds": (), "log_likelihood": 0.0, "first_token_s": 0.4}
-    result = result_of(own=changed("baseline", **one), fixed=changed("K = 3", **one), methods=METHODS[:2])
-    assert sentences(results_of(result, methods=METHODS[:2])) == [
-        "Too few tokens to tell how fast it is: raise --max-new-tokens, or ask for longer answers.",
-        "The output is the main model's own, token for token.",
-    ]
-    row = re.search(r"^    K = 3 .*$", printed(results_of(result, methods=METHODS[:2])), re.MULTILINE)[0]
-    assert row.split() == "K = 3 1 0.500 0.400 2.00 +100 % – – – yes".split()
-
-
-def test_without_any_prompt_that_both_decoded_no_speed_is_claimed():
-    """The baseline failed at one prompt, the draft at the other: more tokens would not help."""
-    prompts = result_of(1, METHODS[:2], own=failed()), result_of(2, METHODS[:2], fixed=failed())
-    said = " ".join(sentences(results_of(*prompts, methods=METHODS[:2])))
-    assert "times as fast" not in said and "Too few tokens" not in said
+FAST, SLOW, QUICK = outcome_of(RUNS["K = 3"]), changed("K = 3", latency_s=4.0), changed("K = auto", latency_s=0.01)
+IDLE = changed("K = 3", rounds=(sd.Round(0, 0, 0.0, 0.05, 0.05),) * 10, log_likelihood=0.0, latency_s=1.2)
+UNTIMED = changed("K = 3", rounds=tuple(sd.Round(k, n, seconds=seconds) for k, n, *_, seconds in ROUNDS))
+ONE = {"token_ids": (7,), "rounds": (), "log_likelihood": 0.0, "first_token_s": 0.4}
+TIE, WRONG = judged_as("tie", 0.125), [judged_as("mismatch", *how) for how in ((2.0, "both"), (3.0, "baseline"))]
+ALIKE, UNCHECKED = judged_as("mismatch", 0.5, "both", index=None), judged_as("unchecked", why="no memory")
+APART = results_of(result_of(1, PAIR, own=failed()), result_of(2, PAIR, fixed=failed()), methods=PAIR)
+HALF = sd.Outcome("CUDA out of memory.", (RUNS["baseline"],), "a text")  # it failed in its second repeat: not judged
+NOT_BOTH = result_of(1, library=failed()), result_of(2, fixed=failed(), auto=failed())
+SAMPLED = numbered(judged_as("sampled"))
 
 
 @pytest.mark.parametrize(
-    ("memory", "compile", "expected"),
+    ("word", "results", "words"),
     [
-        (18.0, "off", "this is what it waits for, and where speculation pays."),
-        (18.0, "on", "this is what it waits for, and where speculation pays."),
-        (40.0, "off", "as eager steps do, it waits for Python, kernels and their launches (--compile on)."),
-        (40.0, "on", "it waits for something else."),
-        (5.0, "off", "so they come from a cache of the processor, or the machine was busy with something else."),
+        ("Speculative", numbered(FAST), "2.00 times as fast. | !over | 3.33 tokens | α = 0.667 | v = 1.01 | c = 0.101"),
+        ("Speculative", numbered(FAST, SLOW), "0.44 times | over the prompts 0.25 to 2.00"),
+        ("Speculative", numbered(*[FAST] * 9, SLOW), "95 % interval | !over"),
+        ("Speculative", numbered(UNTIMED), "2.00 times | !v = | !c ="),
+        ("never drafted", numbered(IDLE), "K = 3 never"),
+        ("Too few", alone(changed("baseline", **ONE), changed("K = 3", **ONE)), "--max-new-tokens"),
+        ("Too few", APART, None),  # more tokens would not help
+        ("times as fast", APART, None),
+        ("No draft pays", numbered(SLOW, draft_tokens=(3,)), "--draft-tokens auto"),
+        ("No draft pays", numbered(SLOW), "!auto"),
+        ("No draft pays", numbered(FAST), None),
+        # 990 MB in a step of 0.099 s: 10 GB/s
+        ("The baseline reads", numbered(FAST, memory=18.0), "10.0 GB | deliver 18.0 | speculation pays"),
+        ("The baseline reads", numbered(FAST, memory=40.0), "--compile on"),
+        ("The baseline reads", numbered(FAST, memory=40.0, compile="on"), "something else | !--compile"),
+        ("The baseline reads", numbered(FAST, memory=40.0, can_compile=False), "something else | !--compile"),
+        ("The baseline reads", numbered(FAST, memory=5.0), "cache of the processor"),
+        ("The baseline reads", numbered(FAST), None),
+        # The best: its lead over the next draft, not over its own other length; none that failed on any prompt
+        ("The best", results_of(result_of()), "K = 3: 2.00 times | K = auto. | picked"),
+        ("The best", of_two_drafts(0.5, 0.6, 0.8, 4.0), "a, K = 3: 1.60 times | b, K = 3."),
+        ("The best", of_two_drafts(None, 0.6, 0.8, 4.0), "a, K = 4: 1.33 times"),
+        ("The best", numbered(FAST), None),
+        ("The best", results_of(result_of(1, auto=failed()), result_of(2, fixed=failed())), None),
+        ("The best", results_of(result_of(1), result_of(2, fixed=failed())), None),
+        ("The best", results_of(result_of(1), result_of(2, own=failed(), auto=QUICK)), "K = 3: 2.00 times"),
+        # Each method of the library is compared with ours of the same draft and K, over the prompts that both decoded
+        ("generate()", with_library(), "K = 3 was 2.00 times"),
+        ("assist 3", with_library(), "K = 3 was 1.60 times"),
+        ("assisted:", with_library(), "K = auto was 0.800 times"),
+        ("generate()", results_of(result_of(library=failed())), None),
+        ("generate()", results_of(result_of(1), result_of(2, fixed=IDLE, auto=SLOW, library=failed())), "3 was 2.00"),
+        ("generate()", results_of(*NOT_BOTH), None),
+        # Whether it is right: our outputs, or the baseline's where none of ours ran
+        ("token for token", numbered(FAST), "1 of 1"),
+        ("token for token", numbered(FAST, TIE), "1 of 2"),
+        ("token for token", numbered(*WRONG, ALIKE, UNCHECKED), None),
+        ("token for token", results_of(result_of(library=WRONG[0])), "2 of 2"),
+        ("token for token", numbered(failed(), failed()), "2 of 2"),
+        ("token for token", SAMPLED, None),
+        ("Sampled", SAMPLED, "distribution"),
+        ("main model's own", alone(HALF, HALF), None),
+        ("Ties", numbered(FAST, TIE), ": 1 of 2 | prompt 2, K = 3, new token 17, | 0.125 | 0.0625 | noise 0.25"),
+        ("Ties", numbered(*WRONG), None),
+        (
+            "Mismatches",
+            numbered(*WRONG, ALIKE),
+            ": 3 of 3 | prompt 2, K = 3, new token 17, at fault: baseline | gap 3 ",
+        ),
+        ("Mismatches", numbered(ALIKE), "both alike, at fault: both"),
+        ("Could not be checked", numbered(ALIKE, UNCHECKED, UNCHECKED), "2 of 3 | no memory"),
+        ("Could not be checked", alone(UNCHECKED, failed()), "1 of 1"),
     ],
 )
-def test_how_near_the_baseline_is_to_the_memorys_limit(memory, compile, expected):
-    """990 MB in a step of 0.099 s: 10 GB/s."""
-    said = spoken("The baseline reads", results_of(result_of(), memory=memory, compile=compile))
-    rates = f"10.0 GB of weights a second, memory can deliver {sd.three_digits(memory)}"
-    assert said == f"The baseline reads {rates}: {expected}"
+def test_a_sentence_is_said_where_it_is_true(word, results, words):
+    """The one sentence with a word has further words, but none that stands behind a !; None: there is no such."""
+    said = spoken(word, results)
+    assert (said is None) == (words is None)
+    for each in (words or "").split(" | "):
+        assert each.removeprefix("!") not in said if each.startswith("!") else each in (said or "")
 
 
-def test_nothing_is_said_of_memory_where_nothing_is_known():
-    unknown = dataclasses.replace(BASELINE, step_bytes=None)  # a mixture of experts, or offloaded weights
-    for methods, memory in (((BASELINE, FIXED), None), ((unknown, FIXED), 40.0)):
-        assert (
-            spoken("The baseline reads", results_of(result_of(methods=methods), methods=methods, memory=memory)) is None
-        )
-
-
-def test_what_cannot_be_compiled_is_not_told_to_be():
-    """Offloaded weights, also if all of them fit on one device; models with a state."""
-    assert "(--compile on)" in spoken("The baseline reads", results_of(result_of(), memory=40.0))
-    said = spoken("The baseline reads", results_of(result_of(), memory=40.0, can_compile=False))
-    assert said.endswith("it waits for something else.")
-
-
-def test_what_to_try_where_no_draft_pays():
-    slow = result_of(fixed=changed("K = 3", latency_s=4.0), methods=METHODS[:2])
-    said = sentences(results_of(slow, methods=METHODS[:2], draft_tokens=(3,)))
-    assert said[0] == "No draft pays here. Try --draft-tokens auto, or a draft that is smaller, or right more often."
-    assert said[1].startswith("Speculative decoding was 0.25 times as fast. A pass")
-    said = sentences(results_of(slow, methods=METHODS[:2], draft_tokens=(3, "auto")))
-    assert said[0] == "No draft pays here. Try a draft that is smaller, or right more often."
-    assert spoken("No draft pays", results_of(result_of(), methods=METHODS[:2])) is None
-
-
-def test_from_which_acceptance_a_draft_pays():
-    # A step of 0.1 s: c = 0.2 and v = 1.1, of which one draft token pays from α = 0.3 on.
-    rounds = tuple(sd.Round(k, n, 0.06, 0.11, 0.19) for k, n, *_ in ROUNDS)
-    own = changed("baseline", latency_s=1.01)
-    pays = results_of(
-        result_of(own=own, fixed=changed("K = 3", rounds=rounds), methods=METHODS[:2]), methods=METHODS[:2]
-    )
-    assert spoken("At these", pays) == "At these c and v a draft pays from α = 0.300 on, with the best K."
-    rounds = tuple(sd.Round(k, n, 0.6, 0.11, 0.75) for k, n, *_ in ROUNDS)  # each draft step takes two others
-    never = results_of(
-        result_of(own=own, fixed=changed("K = 3", rounds=rounds), methods=METHODS[:2]), methods=METHODS[:2]
-    )
-    assert spoken("At these", never) == "At these c and v no draft pays, however often it is right."
-
-
-def test_the_first_sentence_names_the_best_draft_and_its_lead():
-    assert sentences(results_of(result_of()))[0] == (
-        "The best draft length in this run was K = 3, 2.00 times as fast as the next, K = auto. "
-        "The data that measured it also picked it."
-    )
-    # Two drafts, two lengths of the best: what counts is its lead over the next draft, not over its own other length.
-    rates = {"a, K = 3": 0.5, "a, K = 4": 0.6, "b, K = 3": 0.8, "b, K = 4": 4.0}
-    methods = [BASELINE, *(sd.Method(name, None, name[0], int(name[-1])) for name in rates)]
-    outcomes = {name: changed("K = 3", latency_s=latency_s) for name, latency_s in rates.items()}
-    result = sd.Result(sd.Question("?", 1, ids=(1,)), {"baseline": outcome_of(RUNS["baseline"])} | outcomes)
-    results = results_of(result, methods=methods, draft=("a", "b"), draft_tokens=(3, 4))
-    said = sentences(results)
-    assert said[0] == (
-        "The best draft in this run was a, K = 3, 1.60 times as fast as the next, b, K = 3. "
-        "The data that measured it also picked it."
-    )
-    assert [method.label for method in sd.find(results)[1]] == list(rates)
-    table = printed(results).partition("By speed")[2].splitlines()[1:5]
-    assert [line[2:10] for line in table] == list(rates)
-    assert spoken("The best", results_of(result_of(methods=METHODS[:2]), methods=METHODS[:2])) is None
-
-
-def test_how_the_library_did():
-    methods = (*METHODS, ASSISTED)
-    said = sentences(results_of(result_of(methods=methods), methods=methods))
-    assert said[-3:-1] == [
-        "K = 3 was 2.00 times as fast as generate(): transformers' generate(), eager.",
-        "K = 3 was 1.60 times as fast as assist 3: transformers' assisted generation, K = 3, eager.",
-    ]
-    # Each is compared with ours of the same draft and length, generate() alone with our best.
-    assisted = dataclasses.replace(ASSISTED, label="assisted", draft_tokens="auto")
-    result = result_of()
-    result.outcomes["assisted"] = outcome_of(RUNS["assist 3"])
-    said = sentences(results_of(result, methods=(*METHODS, assisted)))
-    assert said[-2].startswith("K = auto was 0.800 times as fast as assisted: ")
-    gone = results_of(result_of(library=failed()))
-    assert not [line for line in sentences(gone) if "generate()" in line]
-
-
-# Whether it is right
-
-
-def numbered(*outcomes):
-    """Results whose K = 3 have these outcomes, of prompts 1, 2, …; without other methods but the baseline."""
-    return results_of(
-        *(result_of(n, METHODS[:2], fixed=each) for n, each in enumerate(outcomes, 1)), methods=METHODS[:2]
-    )
-
-
-def test_a_tie_is_shown_with_its_figures():
-    said = sentences(numbered(outcome_of(RUNS["K = 3"]), judged_as("tie", 0.125)))
-    assert said[-2:] == [
-        "1 of 2 outputs are the main model's own, token for token.",
-        "Ties, the main model's own within its rounding: 1. The largest: prompt 2, K = 3, new token 17, gap 0.125 (of "
-        "the baseline 0.0625), rounding noise 0.25.",
-    ]
-
-
-def test_mismatches_say_which_is_the_worst_and_whose():
-    outcomes = [judged_as("mismatch", gap, whose) for gap, whose in ((2.0, "both"), (3.0, "baseline"))]
-    alike = judged_as("mismatch", 0.5, "both", index=None)
-    said = sentences(numbered(*outcomes, alike, judged_as("unchecked", why="no memory")))
-    assert said[-3:] == [
-        "0 of 4 outputs are the main model's own, token for token.",
-        "Mismatches, NOT the main model's own (please report this as a bug): 3. The largest: prompt 2, K = 3, new "
-        "token 17 (at fault: baseline), gap 3 (of the baseline 0.0625), rounding noise 0.25.",
-        "1 output could not be checked: no memory.",
-    ]
-    assert "The largest: prompt 1, K = 3, both alike (at fault: both), gap 0.5 " in sentences(numbered(alike))[-1]
-
-
-def test_sampled_texts_are_not_compared():
-    said = sentences(numbered(judged_as("sampled")))
-    assert said[-1] == "The texts are sampled, so they differ: all methods draw from the main model's own distribution."
-    assert not [line for line in said if "token for token" in line]
-
-
-def test_what_the_librarys_outputs_are_is_its_own_affair():
-    library = judged_as("mismatch", 9.0, "speculative", label="generate()")
-    said = sentences(results_of(result_of(library=library)))
-    assert said[-1] == "All 2 outputs are the main model's own, token for token."
-
-
-def test_where_no_draft_ran_the_baselines_outputs_are_what_is_told():
-    said = sentences(numbered(failed(), failed()))
-    assert said == ["All 2 outputs are the main model's own, token for token."]
-    results = results_of(result_of(1, own=judged_as("unchecked", why="no memory", label="baseline"), fixed=failed()))
-    alone = dataclasses.replace(results, methods=METHODS[:2])
-    assert sentences(alone)[-1] == "1 output could not be checked: no memory."
-
-
-def test_where_the_baseline_failed_nothing_is_said_of_speed():
-    unchecked = judged_as("unchecked", why="there is no baseline")
-    prompts = (result_of(number, METHODS[:2], own=failed(), fixed=unchecked) for number in (1, 2))
-    results = results_of(*prompts, methods=METHODS[:2], memory=40.0)
-    assert sentences(results) == [
-        "0 of 2 outputs are the main model's own, token for token.",
-        "2 outputs could not be checked: there is no baseline.",
-    ]
-    lines = printed(results).splitlines()
-    assert "    baseline: CUDA out of memory." in lines and lines[2].startswith("    K = 3 ")
-
-
-def test_of_no_output_nothing_is_said():
-    """All methods failed in their second repeats: what the first ones wrote was not judged."""
-    half = sd.Outcome((RUNS["baseline"],), "a text", None, "CUDA out of memory.")
-    said = printed(results_of(result_of(1, METHODS[:2], own=half, fixed=half), methods=METHODS[:2]))
-    assert "main model's own" not in said
+def test_a_row_says_over_how_many_prompts_it_is():
+    results = results_of(result_of(1), result_of(2, fixed=failed()), result_of(3))
+    for width in (80, 120):
+        text = printed(results, width=width)
+        mean = text[text.index("    mean\n") :]
+        assert "\n    K = 3 (2 of 3) " in mean and "\n    baseline " in mean and "2/2" in mean
+        assert list(table_of(text, "By speed")[1]) == ["K = auto", "K = 3 (2 of 3)"]
 
 
 # A real run
@@ -756,20 +626,19 @@ def test_of_no_output_nothing_is_said():
 def test_the_report_of_a_real_run(demo):
     """What is printed is what the JSON says: each prompt's rows, the mean's, and the sentences."""
     done, told = demo
-    lines = [line.rstrip() for line in done.stdout.splitlines()]
-    start = next(place for place, line in enumerate(lines) if line.startswith("  # prompt "))
+    text = done.stdout[done.stdout.index("  # prompt ") :]
     labels = [method["label"] for method in told["methods"]]
     rows = [prompt["outcomes"][label]["figures"] for prompt in told["prompts"] for label in labels]
     rows += [method["summary"] for method in told["methods"]]
-    printed_rows = [line for line in lines[start + 1 :] if line.startswith("    ") and line != "    mean"]
-    assert len(printed_rows) == len(rows) == 18
-    for line, row, label in zip(printed_rows, rows, labels * 6, strict=True):
+    lines = [line for line in text.splitlines()[1:] if line.startswith("    ") and line != "    mean"]
+    for line, row, label in zip(lines, rows, labels * 6, strict=True):
         cells = [str(round(row["new_tokens"] / row["prompts"]))]
         cells += [sd.three_digits(row[name]) for name in ("latency_s", "time_to_first_token_s", "tokens_per_s")]
         cells += [sd.percent(row["speedup_percent"], "+"), sd.share(row["acceptance_rate"])]
         cells += [sd.three_digits(row[name]) for name in ("mean_acceptance_length", "log_likelihood_per_token")]
-        same = "yes" if row["prompts"] == 1 else "5/5"
-        assert line.split() == " ".join([label, *cells, same]).split()
+        assert line.split() == " ".join([label, *cells, "yes" if row["prompts"] == 1 else "5/5"]).split()
     best = max(told["methods"][1:], key=lambda method: method["summary"]["tokens_per_s"])
-    assert any(line.startswith(f"The best draft length in this run was {best['label']}, ") for line in lines)
-    assert "All 10 outputs are the main model's own, token for token." in lines
+    assert f"\nThe best in this run was {best['label']}: " in text and "10 of 10 outputs" in text
+    headings, replays = table_of(text, "By K, replayed")
+    gains = [row["speedup_percent"] for row in told["drafts"][0]["by_draft_tokens"]]
+    assert [cell.rstrip("*") for cell in replays["draft"]] == [f"{gains[int(k) - 1]:+.0f}%" for k in headings]

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from helpers import baseline, counts_of, ids_of, mixed, pair_of, speculate
+from helpers import baseline, counts_of, ids_of, pair_of, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,12 +76,12 @@ def test_edge_values():
     assert (accepted.tolist(), following.tolist()) == ([0], [[0.5, 0.5]])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     size=st.integers(1, 9),
     k=st.integers(0, 5),
     seed=st.integers(0, 10**6),
-    kind=st.sampled_from(["random", "same", "one-hot", "disjoint"]),
+    kind=st.sampled_from(["random", "same", "one-hot"]),
     data=st.data(),
 )
 def test_any_shapes_and_kinds(size, k, seed, kind, data):
@@ -90,24 +90,16 @@ def test_any_shapes_and_kinds(size, k, seed, kind, data):
         q = p[:-1].clone()
     elif kind == "one-hot":
         q = torch.nn.functional.one_hot(q.argmax(dim=-1), size).float()
-    elif kind == "disjoint" and size > 1:
-        left = torch.arange(size) < size // 2
-        p, q = ((of * keep + 1e-9 * keep) for of, keep in ((p, left), (q, ~left)))
-        p, q = (of / of.sum(dim=-1, keepdim=True) for of in (p, q))
     tokens = [data.draw(st.sampled_from(row.nonzero()[:, 0].tolist())) for row in q]
-    draft_ids = torch.tensor(tokens, dtype=torch.long)
     uniform = torch.tensor(data.draw(st.lists(st.floats(0, 0.875, width=32), min_size=k, max_size=k)))
-    accepted, following = sd.accept_or_resample(p, q, draft_ids, uniform)
+    accepted, following = sd.accept_or_resample(p, q, torch.tensor(tokens, dtype=torch.long), uniform)
     assert accepted.shape == (1,) and 0 <= accepted.item() <= k
     assert following.shape == (1, size) and following.min() >= 0 and following.sum().item() == pytest.approx(1)
-    if kind == "same":
-        assert accepted.item() == k
-    if kind == "disjoint" and size > 1:
-        assert accepted.item() == 0
+    assert accepted.item() == k or kind != "same"
     if accepted.item() == k:
         assert torch.allclose(following, p[-1:])
     else:  # a token that was rejected for good reason is not drawn after all
-        assert following[0, draft_ids[accepted.item()]] == 0 or kind == "random"
+        assert following[0, tokens[accepted.item()]] == 0 or kind == "random"
 
 
 def test_drawing_by_hand():
@@ -139,16 +131,16 @@ def by_hand(logits, temperature, top_k, top_p):
     return [shares[token] / likelier if token in kept else 0.0 for token in range(len(logits))]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (100, 0.999), (1, 1e-6)])
-def test_the_distribution_by_hand(temperature, top_k, top_p):
+def test_the_distribution_by_hand(top_k, top_p):
     torch.manual_seed(0)
     logits = torch.randn(6, 40) * 4
-    distribution = sd.Sampling(temperature, top_k, top_p).distribution(logits)
-    rows = [by_hand(row, temperature, top_k, top_p) for row in logits.tolist()]
-    expected = torch.tensor(rows, dtype=torch.float64)
-    assert torch.allclose(distribution.double(), expected, atol=1e-6)
-    assert (distribution[expected == 0] == 0).all() and (distribution[expected > 1e-30] > 0).all()
+    for temperature in (0.3, 1.0, 1.7):
+        distribution = sd.Sampling(temperature, top_k, top_p).distribution(logits)
+        rows = [by_hand(row, temperature, top_k, top_p) for row in logits.tolist()]
+        expected = torch.tensor(rows, dtype=torch.float64)
+        assert torch.allclose(distribution.double(), expected, atol=1e-6)
+        assert (distribution[expected == 0] == 0).all() and (distribution[expected > 1e-30] > 0).all()
     assert sd.Sampling(1.0).distribution(logits.bfloat16()).dtype == torch.float32
 
 
@@ -172,7 +164,6 @@ def test_a_draft_token_comes_with_its_probability(sampler):
 
 TINY = 5
 PROMPT = [1, 3]
-REPEATING = [1, 3, 4, 1, 3]  # after a 4, which is likely, n-grams find what followed "3 4"
 SAMPLER = {"temperature": 0.9, "top_k": 4, "top_p": 0.95}
 
 
@@ -194,14 +185,14 @@ MAIN, DRAFT = tiny_model(1, TINY, 0.4), tiny_model(7, TINY, 0.8)
 SMALL_DRAFT = tiny_model(3, 3, 0.4)  # knows three tokens of five, and not the prompt's last
 
 
-def exact_distribution(prompt):
+def exact_distribution():
     """The probability of each text of three tokens by the main model alone, from passes over all of it."""
     texts = {(): 1.0}
     for _ in range(3):
         longer = {}
         for text, probability in texts.items():
             with torch.inference_mode():
-                logits = MAIN(input_ids=ids_of([*prompt, *text])).logits[0, -1]
+                logits = MAIN(input_ids=ids_of([*PROMPT, *text])).logits[0, -1]
             shares = by_hand(logits.tolist(), **SAMPLER)
             longer |= {(*text, token): probability * share for token, share in enumerate(shares) if share}
         texts = longer
@@ -229,18 +220,20 @@ def test_the_p_value_by_tables():
     assert p_value(seen | {6: 1}, fair) == 0.0
 
 
-def sample(samples, sampler, draft=DRAFT, schedule=2, prompt=PROMPT):
-    """How often each text comes up; `draft`: as `speculate` takes it, or a model that need not be wrapped again."""
-    main = sd.CachedModel(MAIN)
-    draft = draft if isinstance(draft, str | sd.Draft) else sd.CachedModel(draft)
-    counts = {}
+def sample(samples, draft=DRAFT, schedule=2):
+    """How often each text comes up; `draft`: as `speculate` takes it; None: of the baseline."""
+    main, sampler, counts = sd.CachedModel(MAIN), sd.Sampling(**SAMPLER), {}
+    draft = sd.CachedModel(draft) if isinstance(draft, torch.nn.Module) else draft  # once for all texts
     for number in range(samples):
-        text = speculate(main, draft, prompt, schedule, 3, sampler=sampler, number=number).token_ids
+        if draft is None:
+            text = baseline(main, PROMPT, 3, sampler=sampler, number=number).token_ids
+        else:
+            text = speculate(main, draft, PROMPT, schedule, 3, sampler=sampler, number=number).token_ids
         counts[text] = counts.get(text, 0) + 1
     return counts
 
 
-EXPECTED = exact_distribution(PROMPT)
+EXPECTED = exact_distribution()
 
 
 class EveryOther(sd.FixedSchedule):
@@ -251,8 +244,8 @@ class EveryOther(sd.FixedSchedule):
     def wants_another(self, confidences):
         return self.rounds % 2 == 1 and super().wants_another(confidences)
 
-    def learn(self, drafted, accepted):
-        assert drafted == self.rounds % 2
+    def learn(self, confidences, accepted):
+        assert len(confidences) == self.rounds % 2
         self.rounds += 1
 
 
@@ -263,61 +256,30 @@ class WhileSure(sd.FixedSchedule):
         return super().wants_another(confidences) and all(float(each) > 0.5 for each in confidences)
 
 
-@pytest.mark.parametrize(
-    ("draft", "schedule", "samples"),
-    [
-        (DRAFT, 2, 600),
-        (DRAFT, 1, 300),
-        (DRAFT, EveryOther(1), 300),
-        (DRAFT, WhileSure(2), 300),
-        ("ngram", 2, 300),
-        (SMALL_DRAFT, 2, 400),
-    ],
-    ids=["two", "one", "every other", "while sure", "ngram", "small"],
-)
-def test_texts_have_the_main_models_distribution(draft, schedule, samples):
+WAYS = {  # a draft, a schedule, and how many texts
+    "baseline": (None, 0, 200),
+    "two": (DRAFT, 2, 400),
+    "every other": (DRAFT, EveryOther(1), 200),
+    "while sure": (DRAFT, WhileSure(2), 200),
+    "ngram": ("ngram", 2, 200),
+    "knows fewer ids": (SMALL_DRAFT, 2, 300),
+    "excluded ids": (sd.CachedModel(DRAFT, None, None, (0, 4)), 2, 300),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_texts_have_the_main_models_distribution(way):
+    draft, schedule, samples = WAYS[way]
     assert len(EXPECTED) > 20 and sum(EXPECTED.values()) == pytest.approx(1)
-    assert p_value(sample(samples, sd.Sampling(**SAMPLER), draft, schedule), EXPECTED) > 0.01
-
-
-class Noted(sd.MixedDraft):
-    """Notes which draft proposes, by the length of the text."""
-
-    proposers = frozenset()
-
-    def propose(self, text, schedule):
-        proposed = super().propose(text, schedule)
-        self.proposers |= {(len(text), "model" if self.proposer is self.model else "ngram", proposed[1] is None)}
-        return proposed
-
-
-def test_texts_of_n_grams_and_a_model_have_it_too():
-    """The model after n-grams whose token was rejected, too: three tokens that it had not read."""
-    sampler = sd.Sampling(**SAMPLER)
-    draft, expected = mixed(DRAFT, sampler, Noted), exact_distribution(REPEATING)
-    assert p_value(sample(400, sampler, draft, 1, REPEATING), expected) > 0.01
-    first, second = len(REPEATING) + 1, len(REPEATING) + 2
-    assert draft.proposers == {(first, "ngram", True), (first, "model", False), (second, "model", False)}
-
-
-def test_the_baselines_texts_have_it_too():
-    counts, main, sampler = {}, sd.CachedModel(MAIN), sd.Sampling(**SAMPLER)
-    for number in range(300):
-        text = baseline(main, PROMPT, 3, sampler=sampler, number=number).token_ids
-        counts[text] = counts.get(text, 0) + 1
-    assert p_value(counts, EXPECTED) > 0.01
+    assert p_value(sample(samples, draft, schedule), EXPECTED) > 0.01
 
 
 # The classic mistakes: each in place of what is right.
 
 
-def normalised(weights):
-    return weights / weights.sum()
-
-
 def a_rule(
     accepts=lambda uniform, p, q: uniform * q < p,
-    residual=lambda p, q: normalised((p - q).clamp(min=0)),
+    residual=lambda p, q: (p - q).clamp(min=0),  # `draw` normalises it
     bonus=lambda p: p[-1],
 ):
     """An `accept_or_resample` of the test's own, right unless a part is replaced."""
@@ -329,10 +291,6 @@ def a_rule(
         return torch.tensor([len(q)]), bonus(p)[None]
 
     return accept_or_resample
-
-
-def drawn_as_if_it_added_up_to_one(probabilities, uniform):
-    return (probabilities.double().cumsum(dim=-1) <= uniform).sum(dim=-1, keepdim=True).clamp(max=TINY - 1)
 
 
 class OneRandomNumberForTwoTokens(sd.Sampling):
@@ -349,35 +307,27 @@ class TopPForTheDraftOnly(sd.Sampling):
 
 
 MISTAKES = {  # what replaces the program's own, and in how many texts it shows
-    "the draft's share is not subtracted": ({"accept_or_resample": a_rule(residual=lambda p, q: p)}, 400),
-    "the residual distribution is not normalised": (
-        {
-            "accept_or_resample": a_rule(residual=lambda p, q: (p - q).clamp(min=0)),
-            "draw": drawn_as_if_it_added_up_to_one,
-        },
-        150,
-    ),
-    "the ratio upside down": ({"accept_or_resample": a_rule(accepts=lambda uniform, p, q: uniform * p < q)}, 150),
-    "the bonus token is drawn one place early": ({"accept_or_resample": a_rule(bonus=lambda p: p[-2])}, 150),
-    "one random number for two tokens": ({"Sampling": OneRandomNumberForTwoTokens}, 400),
-    "top-p for the draft only": ({"Sampling": TopPForTheDraftOnly}, 150),
-    "every draft token is accepted": ({"accept_or_resample": a_rule(accepts=lambda *_: True)}, 150),
+    "the draft's share is not subtracted": (400, {"accept_or_resample": a_rule(residual=lambda p, q: p)}),
+    "the ratio upside down": (60, {"accept_or_resample": a_rule(accepts=lambda uniform, p, q: uniform * p < q)}),
+    "the bonus token is drawn one place early": (60, {"accept_or_resample": a_rule(bonus=lambda p: p[-2])}),
+    "one random number for two tokens": (250, {"Sampling": OneRandomNumberForTwoTokens}),
+    "top-p for the draft only": (60, {"Sampling": TopPForTheDraftOnly}),
+    "every draft token is accepted": (60, {"accept_or_resample": a_rule(accepts=lambda *_: True)}),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_out(mistake, monkeypatch):
-    replacements, samples = MISTAKES[mistake]
+    samples, replacements = MISTAKES[mistake]
     for name, replacement in replacements.items():
         monkeypatch.setattr(sd, name, replacement)
-    broken = sample(samples, sd.Sampling(**SAMPLER), schedule=1)  # with two, the bonus token would be the fourth
-    assert p_value(broken, EXPECTED) < 1e-4
+    assert p_value(sample(samples, schedule=1), EXPECTED) < 1e-4  # with two, the bonus token would be the fourth
 
 
 def test_the_rule_that_mistakes_are_made_in_is_right_without_one(monkeypatch):
-    right = sample(50, sd.Sampling(**SAMPLER))
+    right = sample(50)
     monkeypatch.setattr(sd, "accept_or_resample", a_rule())
-    assert sample(50, sd.Sampling(**SAMPLER)) == right
+    assert sample(50) == right
 
 
 # Random numbers, and what does not depend on them.
@@ -388,27 +338,24 @@ def test_a_seed_makes_a_text_again():
     main, draft = map(sd.CachedModel, pair_of("gemma2", 0.05))
 
     def texts(sampler, number=7):
-        return (
-            baseline(main, [5, 9], 24, sampler=sampler, number=number).token_ids,
-            speculate(main, draft, [5, 9], 3, 24, sampler=sampler, number=number).token_ids,
+        runs = (
+            baseline(main, [5, 9], 24, sampler=sampler, number=number),
+            speculate(main, draft, [5, 9], 3, 24, sampler=sampler, number=number),
         )
+        return [run.token_ids for run in runs]
 
     sampler = sd.Sampling(0.03)
-    first = texts(sampler)
-    other = texts(sampler, number=8)
-    assert texts(sampler) == first == texts(sd.Sampling(0.03))
-    assert all(mine != others for mine, others in zip(first, other, strict=True))
-    assert all(mine != others for mine, others in zip(first, texts(sd.Sampling(0.03, seed=1)), strict=True))
+    first, other, again, seeded = texts(sampler), texts(sampler, 8), texts(sampler), texts(sd.Sampling(0.03, seed=1))
+    assert again == first == texts(sd.Sampling(0.03))
+    assert not set(first).intersection(other + seeded)
 
 
-def test_each_turn_has_random_numbers_of_its_own():
-    sampler, drawn = sd.Sampling(1.0, seed=5), {}
-    for number, turn in ((7, None), (7, 1), (7, 2), (8, None), (8, 2)):
-        sampler.restart(sd.Prompt("", number, turn))
-        drawn[number, turn] = sampler.uniform(4).tolist()
-    assert drawn[7, None] == drawn[7, 1]
-    assert drawn[7, 1] == torch.rand(4, generator=torch.Generator().manual_seed(5 * 2**20 + 7)).tolist()
-    assert len(set(map(tuple, drawn.values()))) == 4
+def test_random_numbers_depend_on_the_prompts_number_and_the_seed():
+    sampler = sd.Sampling(1.0, seed=5)
+    for number in (7, 8, 7):
+        sampler.restart(sd.Prompt("", number))
+        expected = torch.rand(4, generator=torch.Generator().manual_seed(5 * 2**20 + number))
+        assert sampler.uniform(4).equal(expected)
 
 
 def test_a_low_temperature_is_greedy_in_the_end():
