@@ -1,6 +1,7 @@
 """Devices, the hub, configurations, memory, threads, weights and tokenizers: what is read before a run."""
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import torch
 import transformers
 from helpers import FAMILIES, ROOT, SHAPE, baseline, counts_of, like, make_model, speculate
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import speculative_decoding as sd
 
@@ -630,6 +632,25 @@ def test_the_ends_of_a_text(tmp_path):
     assert sd.end_tokens(read(edit(folder, eos_token_id=6)), tokenizer) == {1, 6}  # of an old config.json
     tokenizer.eos_token = None
     assert sd.end_tokens(settings_of(folder), tokenizer) == set()
+
+
+def test_that_a_tekken_tokenizer_was_saved_wrongly_is_said_once_and_dim(tmp_path, capsys, monkeypatch):
+    """Of a Mistral folder from before transformers 5, main model and draft alike; the library looks for so many tokens.
+    Without weights, it is read, and no more."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map(str, range(10, 100_000))]
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    pattern = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+")
+    parts = [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    edit(tmp_path, **SHAPE | {"model_type": "mistral", "transformers_version": "4.57.1", "vocab_size": len(letters)})
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert sd.main(["--main", str(tmp_path), "--draft", f"{tmp_path},ngram"]) == 2
+    logging.captureWarnings(False)
+    warning, loading, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("\x1b[2mThe tokenizer") and "fix_mistral_regex" in warning and "safetensors" in error
 
 
 def test_a_broken_generation_config_is_one_line(tmp_path):
