@@ -62,6 +62,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import timeit
 import unicodedata
@@ -113,7 +114,7 @@ def plain(text: str) -> str:
 def number_from(kind: type, least: float, most: float, what: str) -> Callable:
     """An argparse type: a number from `least` to `most`."""
 
-    def convert(text: str) -> float:
+    def convert(text):
         with suppress(ValueError):
             if least <= (value := kind(text)) <= most:
                 return value
@@ -134,17 +135,16 @@ def draft_lengths(text: str) -> tuple:
 
 def draft_names(text: str) -> tuple:
     """An argparse type: a model, ngram, or several with commas between them."""
-    names = (text,) if os.path.isdir(text) else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if all(names):
         return names
     raise argparse.ArgumentTypeError(f"{text!r}: name a model, ngram, or several with commas between them")
 
 
 def template_arguments(text: str) -> dict:
-    """An argparse type: a JSON object, arguments of the chat template; without NaN, as it is written as JSON again."""
+    """An argparse type: a JSON object, arguments of the chat template."""
     with suppress(ValueError, RecursionError):
-        json.dumps(given := json.loads(text), allow_nan=False)
-        if isinstance(given, dict):
+        if isinstance(given := json.loads(text), dict):
             return given
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object for the template, as {{"enable_thinking": false}}')
 
@@ -209,6 +209,7 @@ class Settings:
 
 def find_contradiction(given: Settings) -> str | None:
     """What two options contradict each other, and how to mend it: all such rules are here."""
+    files = [os.path.realpath(path) for path in (given.prompts, given.json, given.svg) if path]
     rules = {
         "--demo brings its own main model: leave out --main, or --demo": given.demo and given.main,
         "--top-k and --top-p cut what tokens are sampled from: add a --temperature": (
@@ -221,7 +222,7 @@ def find_contradiction(given: Settings) -> str | None:
         "--device-map auto moves weights while it runs, which cannot be compiled: leave out --compile on": (
             given.device_map and given.compile == "on"
         ),
-        "--json needs a file of its own: name another": given.json and given.json in (given.svg, given.prompts),
+        "--prompts, --json and --svg need a file each: name others": len(files) > len(set(files)),
     }
     return next((message for message, applies in rules.items() if applies), None)
 
@@ -764,7 +765,7 @@ def certify(main: CachedModel, prompt_ids: tuple, output_ids: tuple) -> float:
 def rounding_again(model: torch.nn.Module) -> Iterator:
     """Within this, the output of every layer is rounded once more: by a random error of at most the type's epsilon."""
 
-    def round_again(module: torch.nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+    def round_again(module, inputs, output):
         if isinstance(output, Tensor) and output.is_floating_point():
             error = torch.finfo(output.dtype).eps
             factors = torch.empty(output.shape, device=output.device).uniform_(1 - error, 1 + error)  # float32
@@ -865,11 +866,13 @@ class FixedSchedule:
 
 
 @torch.no_grad()
-def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids: Tensor, widths: tuple) -> list[float]:
+def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids: Tensor, widths: tuple) -> tuple:
     """The seconds that a round of 0, 1, … draft tokens takes here, behind a prompt, ids [1, n]: medians.
 
     `widths`: of compiled verify passes, rising, up to which rounds are measured; () for eager ones. All lengths take
-    turns, so that a busy moment of the machine lengthens all alike: six times at least, and for two seconds.
+    turns, so that a busy moment of the machine lengthens all alike: three times at least, and for two seconds. At each
+    turn as many rounds follow each other as draft 16 tokens or so: the first ones are slower, by a tenth if they are
+    short, as caches still hold what longer rounds have used.
     """
     longest = min(LONGEST, max(widths, default=LONGEST + 1) - 1)
     schedules = [FixedSchedule(length, widths) for length in range(longest + 1)]
@@ -877,10 +880,15 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
     text.append(text[-1])  # any token will do
     main.prefill(prompt_ids)
     draft.reset(prompt_ids)
-    times, end = [], time.perf_counter() + 2
-    while len(times) < 6 or time.perf_counter() < end:
-        times.append([measure_round(main, draft, sampler, text, schedule) for schedule in schedules])
-    return numpy.median(times[1:], axis=0).tolist()  # the first warms up
+    turns, end = [], time.perf_counter() + 2
+    while len(turns) < 4 or time.perf_counter() < end:
+        turn = []
+        for schedule in schedules:
+            count = 16 // (schedule.draft_tokens + 1)
+            times = [measure_round(main, draft, sampler, text, schedule) for _ in range(count)]
+            turn.append(statistics.median(times[count // 2 :]))
+        turns.append(turn)
+    return tuple(numpy.median(turns[1:], axis=0).tolist())  # the first warms up
 
 
 def measure_round(main: CachedModel, draft: Draft, sampler: Sampler, text: list, schedule: FixedSchedule) -> float:
@@ -1071,7 +1079,6 @@ def oracle_cost(replay: Replay, prices: numpy.ndarray) -> float:
 
 # 7  Compiled steps ----------------------------------------------------------------------------------------------------
 
-
 LARGE = 2**26  # bytes of a model's weights, which are then read from memory
 
 
@@ -1082,7 +1089,7 @@ class StreamedProducts(TorchFunctionMode):
     tokens. Quantised weights are tensors of other classes: they are multiplied as they were.
     """
 
-    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is linear and type(args[1]) in (Tensor, torch.nn.Parameter) and args[1].is_floating_point():
             if args[0].numel() // args[0].shape[-1] <= (9 if args[1].dtype == torch.float32 else 1):
                 function = streamed_linear
@@ -1189,7 +1196,7 @@ class CompiledModel(CachedModel):
         is_large = sum(weight.nbytes for weight in self.model.parameters()) >= LARGE
         products = StreamedProducts() if self.device.type == "cpu" and is_large else nullcontext()
 
-        def whole(ids: Tensor, uniform: Tensor | None) -> Any:
+        def whole(ids, uniform):
             with products:
                 return then(self.forward(ids, logits_to_keep), ids, uniform)
 
@@ -1213,12 +1220,10 @@ def compile_steps(model: CompiledModel, sampler: Sampler, steps: tuple, announce
 
     Raises what `CompiledModel.compile` raises.
     """
-    took = ""
     for number, (then, tokens) in enumerate(steps, 1):
-        announce(f"Compiling step {number} of {len(steps)} of {plain(model.model.name_or_path)}{took} …")
-        start, logits_to_keep = time.perf_counter(), int(then != sampler.score)
+        announce(f"Compiling step {number} of {len(steps)} of {plain(model.model.name_or_path)} …")
+        logits_to_keep = int(then != sampler.score)
         model.compile(then, tokens, sampler.uniform(1) if logits_to_keep else None, logits_to_keep)
-        took = f"; the last took {time.perf_counter() - start:.0f} s"
     if model.device.type == "cuda" and (skipped := torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]):
         announce(f"warning: no CUDA graphs of {counted(skipped, 'step')}, which are slow: see TORCH_LOGS=cudagraphs")
 
@@ -1332,7 +1337,7 @@ class Question(Prompt):
     """A question of a file; its number is its place among the file's rows, from 1."""
 
     category: str | None = None
-    question_id: str | int | None = None
+    question_id: str | None = None
     earlier: tuple = ()  # the messages before the text: {"role": …, "content": …}
     unread: tuple = ()  # what else the row has, by its names, that is not used
 
@@ -1347,8 +1352,7 @@ class Contender(NamedTuple):
 
     name: str  # as --draft names it
     draft: Draft | None = None
-    costs: list | tuple = ()  # of `measure_costs`: the seconds of a round of 0, 1, … draft tokens
-    context: float = math.inf  # the most tokens that it can read
+    costs: tuple = ()  # of `measure_costs`: the seconds of a round of 0, 1, … draft tokens
     error: str | None = None  # why it cannot run, in one line
 
 
@@ -1519,7 +1523,7 @@ def mark(device: torch.device) -> float | torch.Event:
     return event
 
 
-def timed_round(device: torch.device, drafted: int, accepted: int, *marks: float | torch.Event) -> Round:
+def timed_round(device: torch.device, drafted: int, accepted: int, *marks: Any) -> Round:
     """A round with its times, from four marks: where it began, had drafted, had verified, and was finished.
 
     The device must have passed them all.
@@ -1561,7 +1565,6 @@ def benchmark(questions: list, methods: list, models: Models, settings: Settings
             if errors[label]:
                 continue
             try:
-                check_context(method, question)
                 for _ in range(0 if label in warm else settings.warmup):  # allocates memory, loads kernels, …
                     announce(question, f"warm-up, {label}")
                     method.decode(question)
@@ -1583,15 +1586,6 @@ def benchmark(questions: list, methods: list, models: Models, settings: Settings
         yield Result(question, outcomes, replays, interruptions)
 
 
-def check_context(method: Method, prompt: Prompt) -> None:
-    """Raise UsageError if a text, with the last round's draft tokens, can be longer than what the draft can read."""
-    if method.contender:
-        drafted = LONGEST if method.draft_tokens == "auto" else method.draft_tokens
-        longest = len(prompt.ids) + prompt.max_new_tokens + drafted
-        if longest > method.contender.context:
-            raise UsageError(f"{longest} tokens exceed the draft's context of {method.contender.context}")
-
-
 def in_turns(methods: list, repeats: int, count: int) -> Iterator:
     """All methods, so often: they take turns at being the first."""
     for repeat in range(repeats):
@@ -1607,7 +1601,7 @@ def judge(models: Models, question: Question, runs: dict) -> dict:
     is_sampled = isinstance(models.sampler, Sampling)
 
     @cache
-    def divergence_of(output: tuple) -> Divergence | None:
+    def divergence_of(output):
         if is_sampled:
             certify(models.main, question.ids, output)
         elif BASELINE not in runs:
@@ -1851,7 +1845,7 @@ class DraftFigures:
     """What a draft would do with every K, along the baseline's outputs; without the prefill."""
 
     draft: str  # as --draft names it
-    costs: list  # seconds of a round of 0, 1, … draft tokens
+    costs: tuple  # seconds of a round of 0, 1, … draft tokens
     alpha: Maybe = None  # the chance that its next token is accepted: the mean over the texts, where it drafts any
     best_draft_tokens: int | None = None  # the K of the largest speedup
     oracle_speedup_percent: Maybe = None  # of rounds that draft just the tokens that will be accepted, if they pay
@@ -1873,8 +1867,8 @@ def replayed_result(result: Result, draft: str, costs: tuple) -> tuple:
 
 def draft_figures(prompts: tuple, contender: Contender) -> DraftFigures:
     """What one draft would do with these prompts, Results each, with every K."""
-    name, _, costs, _, error = contender
-    each = [replayed_result(result, name, tuple(costs)) for result in prompts if name in result.replays]
+    name, _, costs, error = contender
+    each = [replayed_result(result, name, costs) for result in prompts if name in result.replays]
     if not each:
         return DraftFigures(name, costs, error=error)
     steps, places, chances, rounds, seconds, oracle_s = map(sum, zip(*each, strict=True))
@@ -1997,11 +1991,6 @@ def label_width(methods: tuple) -> int:
     return max(14, *(len(method.label) + 4 for method in methods))
 
 
-def figures_by_method(results: Results) -> dict:
-    """Each method's figures over all prompts, by the labels of those that decoded any."""
-    return {method.label: row for method in results.methods if (row := figures_of(results.prompts, method))}
-
-
 def print_prompt(console: Console, results: Results, result: Result, tokenizer: Any) -> None:
     """Print what the methods did with one prompt, and, if --show-text asks for it, the speculative texts."""
     title = f"{result.question.label:>3} {plain(result.question.text)}"
@@ -2072,7 +2061,8 @@ def times_as_fast(results: Results, method: Method, other: Method) -> str:
 
 def say_which_is_best(results: Results, figures: dict, ranking: list) -> str:
     """Of those that decoded all prompts; and its lead over the next that has another draft, if there is any."""
-    complete = [method for method in ranking if figures[method.label].prompts == figures[BASELINE].prompts]
+    total = len(results.prompts)
+    complete = [method for method in ranking if len(decoded(results.prompts, method.label)) == total]
     if len(complete) < 2 or not figures[complete[0].label].drafted:
         return ""
     best, *others = complete
@@ -2229,7 +2219,7 @@ def say_worst(alike: list) -> str:
 
 def print_report(console: Console, results: Results) -> None:
     """Print the averages, what compares methods and categories, and the result in sentences."""
-    figures = figures_by_method(results)
+    figures = {method.label: row for method in results.methods if (row := figures_of(results.prompts, method))}
     ranking = rank(results, figures)
     methods = results.methods
     sentences = []
@@ -2577,7 +2567,7 @@ def model_name(name: str) -> str:
 def impatient_client() -> Any:
     """The hub's own client, which would wait for ever for a hub that says nothing."""
 
-    def limit(request: Any) -> None:
+    def limit(request):
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 10)  # seconds
 
     client = huggingface_hub.utils._http.default_client_factory()
@@ -2728,7 +2718,7 @@ def choose_threads(main: CachedModel) -> int:
     token = torch.zeros(1, 1, dtype=torch.long)
     best_s = {cores >> halved: math.inf for halved in range(cores.bit_length())}
 
-    def step() -> None:
+    def step():
         main.forward(token)
         main.roll_back(1)
 
@@ -2927,10 +2917,10 @@ class LibraryWarnings(logging.Handler):
 class Peers:
     """The processes that a launcher started, which share out the prompts: they exchange values through its store."""
 
-    PATIENCE_S = 60  # to meet
+    PATIENCE_S = 60  # to meet, and with one that gives no sign of life
 
     def __init__(self):
-        """Meet the others, for a minute at most. Raises UsageError."""
+        """Meet the others. Raises UsageError."""
         self.met, self.store = 0, None
         if PROCESSES > 1:
             what = f"meet the other processes (RANK={RANK} and WORLD_SIZE={PROCESSES} are set)"
@@ -2938,6 +2928,14 @@ class Peers:
                 self.store, *_ = next(
                     torch.distributed.rendezvous("env://", timeout=datetime.timedelta(seconds=self.PATIENCE_S))
                 )
+            threading.Thread(target=self.beat, daemon=True).start()
+
+    def beat(self) -> None:
+        """Give signs of life: a process may decode for long before it has anything to tell."""
+        with suppress(Exception):  # the store may be gone
+            while True:
+                self.store.add(f"beats/{RANK}", 1)
+                time.sleep(self.PATIENCE_S / 10)
 
     def gather(self, value: Any) -> list:
         """What each process brings here, in the order of their ranks. Waits for the slowest. Raises UsageError."""
@@ -2946,19 +2944,29 @@ class Peers:
         with cli_errors("hear from the other processes", "see what they say, and start again"):
             self.met += 1
             self.store.set(f"{self.met}/{RANK}", pickle.dumps(value))
-            keys = [f"{self.met}/{rank}" for rank in range(PROCESSES)]
-            while not self.store.check(keys):
-                if self.store.check(["failed"]):
-                    if self.store.get("failed") == b"KeyboardInterrupt":
-                        raise KeyboardInterrupt
-                    raise UsageError("another process failed: see what it says, and start again")
-                time.sleep(0.05)
+            keys, heard = [f"{self.met}/{rank}" for rank in range(PROCESSES)], {}
+            for rank, key in enumerate(keys):
+                while not self.store.check([key]):
+                    if self.store.check(["failed"]):
+                        raise UsageError("another process failed: see what it says, and start again")
+                    first_heard = heard.setdefault((rank, self.store.add(f"beats/{rank}", 0)), time.monotonic())
+                    if time.monotonic() - first_heard > self.PATIENCE_S:
+                        raise UsageError(f"process {rank} is gone: see why, and start again")
+                    time.sleep(0.05)
             return [pickle.loads(self.store.get(key)) for key in keys]
 
-    def fail(self, problem: BaseException) -> None:
-        """Tell the others not to wait for this one, and why."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Tell the others if this one fails. The first one, whose store it is, goes last."""
         with suppress(Exception):  # there may be no store, or no more
-            self.store.set("failed", type(problem).__name__)
+            if kind:
+                self.store.set("failed", "")
+            self.store.set(f"left/{RANK}", "")
+            signs, end = [f"left/{rank}" for rank in range(PROCESSES)], time.monotonic() + self.PATIENCE_S / 10
+            while RANK == 0 and time.monotonic() < end and not self.store.check(signs):
+                time.sleep(0.05)
 
 
 def shortest_path(path: pathlib.Path) -> str:
@@ -3028,7 +3036,8 @@ def read(given: Settings, device: torch.device, console: Console) -> Plan:
     save(settings.json, "--json", None)  # better to fail now than when all is measured
     save(settings.svg, "--svg", None)
     files = read_model(settings.main, getattr(torch, settings.dtype))
-    chat = make_chat(settings, files, load_tokenizer(files))
+    with cli_errors(f"put prompts to {settings.main}", NEEDS):
+        chat = make_chat(settings, files, load_tokenizer(files))
     questions, of_file = read_questions(settings.prompts, settings.limit)
     questions, left_out = fitting(chat, questions)
     for notice in (*notices, *of_file, *left_out, unapplied_settings(files, settings.temperature)):
@@ -3100,7 +3109,7 @@ def compile_main(plan: Plan, main: CachedModel, console: Console, announce: Call
 def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable, loaded: tuple) -> Contender:
     """A loaded draft, compiled if the main model is, and what its rounds cost in the middle of a usual text."""
     files, model = loaded
-    name, draft, context = NGRAM, NgramDraft(main.device), math.inf
+    name, draft = NGRAM, NgramDraft(main.device)
     if files:
         cached = cached_model(model, main.device, files.vocabulary, files.excluded)
         if widths and not files.keeps_state:
@@ -3108,12 +3117,11 @@ def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable
             lengths = (2,) if widths == (2,) else (1, 2)  # with K = 1 a draft never reads a token of its own
             steps = [(plan.sampler.sample_draft, tokens) for tokens in lengths]
             compile_steps(cached, plan.sampler, steps, announce)
-        name, draft, context = files.name, ModelDraft(cached, plan.sampler), context_of(files.config)
+        name, draft = files.name, ModelDraft(cached, plan.sampler)
     ids = sorted((question.ids for question in plan.questions), key=len)[len(plan.questions) // 2]
     ids += ids[-1:] * (plan.settings.max_new_tokens // 2)  # any will do
-    room = max(1, min(len(ids), context - LONGEST - 2))
-    costs = measure_costs(main, draft, plan.sampler, torch.tensor([ids[: int(room)]], device=main.device), widths)
-    return Contender(name, draft, costs, context)
+    costs = measure_costs(main, draft, plan.sampler, torch.tensor([ids], device=main.device), widths)
+    return Contender(name, draft, costs)
 
 
 def environment_of(plan: Plan, is_compiled: bool) -> dict:
@@ -3145,7 +3153,7 @@ def describe_machine(console: Console, settings: Settings, facts: dict) -> None:
 def prepare(given: Settings, peers: Peers, scratch: str) -> Ready:
     """Read, check, load, compile and price all that the options name. Raises UsageError."""
     how = {"markup": False, "emoji": False, "highlight": False, "quiet": RANK > 0}
-    console = Console(width=None if sys.stdout.isatty() else 120, record=bool(given.svg), **how)
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 120, record=bool(given.svg), **how)
     stderr = Console(stderr=True, soft_wrap=True, **how)
     announce = partial(stderr.print, style="dim")
     LibraryWarnings(announce)
@@ -3181,7 +3189,7 @@ def measure(ready: Ready, peers: Peers) -> tuple:
     results, console, stderr = ready.results, ready.console, ready.stderr
     total, due = len(ready.questions), 0.0
 
-    def announce(question: Question, what: str) -> None:
+    def announce(question, what):
         """Between the runs only: what redraws itself would take time from what is timed."""
         if stderr.is_interactive:
             line = f"{len(results.prompts)} of {total} prompts done, now {question.label}: {what}"
@@ -3217,18 +3225,15 @@ def save_json(results: Results) -> None:
         save(results.settings.json, "--json", to_json(results))
 
 
-def report(ready: Ready, results: Results, problem: BaseException | None) -> int:
-    """Print what was measured; return the exit status. Raises what ended it early, if anything did."""
+def report(ready: Ready, results: Results) -> None:
+    """Print what was measured, also if it is a part."""
     console, svg, done = ready.console, results.settings.svg, len(results.prompts)
-    if done:
+    if done and RANK == 0:
         if not results.complete:
             console.print(f"Only {done} of {len(ready.questions)} prompts: a part of the result.", style="bold")
         print_report(console, results)
         if svg:
             save(svg, "--svg", console.export_svg(title="speculative_decoding.py"))
-    if problem:
-        raise problem
-    return exit_status(results)
 
 
 def on_interrupt(handler: Any) -> None:
@@ -3239,19 +3244,17 @@ def on_interrupt(handler: Any) -> None:
 
 def main(arguments: list | None = None) -> int:
     """The program; returns its exit status: 0 well, 1 not all is well with some prompt, 2 it could not, 130 Ctrl-C."""
-    given, peers = parse(arguments), None
+    given = parse(arguments)
     try:
-        peers = Peers()
-        on_interrupt(signal.default_int_handler)  # the first Ctrl-C; before, the processes meet without Python
-        with tempfile.TemporaryDirectory(prefix="speculative-decoding-", ignore_cleanup_errors=True) as scratch:
+        with Peers() as peers, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            on_interrupt(signal.default_int_handler)  # the first Ctrl-C; before, the processes meet without Python
             ready = prepare(given, peers, scratch)
             results, problem = measure(ready, peers)
+            report(ready, results)
             if problem:
-                peers.fail(problem)
-            return report(ready, results, problem) if RANK == 0 else 0
+                raise problem
+            return exit_status(results) if RANK == 0 else 0
     except (UsageError, KeyboardInterrupt) as error:
-        if peers:
-            peers.fail(error)
         is_interrupt = isinstance(error, KeyboardInterrupt)
         print("Interrupted." if is_interrupt else f"error: {one_line(error)}", file=sys.stderr)
         return 130 if is_interrupt else 2

@@ -206,7 +206,7 @@ def test_the_readme_lists_every_option_and_no_other_and_its_commands_are_underst
         sd.parse(shlex.split(command))
 
 
-def test_options_become_settings(tmp_path):
+def test_options_become_settings():
     assert sd.parse([]) == sd.Settings()
     assert sd.Settings().draft_tokens == ("auto",) and sd.Settings().max_new_tokens == 128
     given = ["--draft-tokens", "3,auto,1,3", "--draft", "A, B,ngram,A", "--top-p", "0.9", "--temperature", "1"]
@@ -214,15 +214,12 @@ def test_options_become_settings(tmp_path):
     several = {"draft_tokens": (3, "auto", 1), "draft": ("A", "B", "ngram")}
     how = {"top_p": 0.9, "temperature": 1.0, "chat_template_args": {"enable_thinking": False}}
     assert settings == sd.Settings(**several, **how)
-    (tmp_path / "a,b").mkdir()  # a folder with a comma in its name
-    assert sd.parse(["--draft", str(tmp_path / "a,b")]).draft == (str(tmp_path / "a,b"),)
-    assert sd.parse(["--draft", str(tmp_path / "c,b")]).draft == (str(tmp_path / "c"), "b")
 
 
 BAD = {  # what is given to an option, and not taken
     "--draft-tokens": ["0", "three", "3,,4", "1001"],
     "--draft": ["A,,B", ""],
-    "--chat-template-args": ["{'a': 1}", "[1]", "[" * 100_000, '{"x": NaN}', '{"x": 1e999}'],
+    "--chat-template-args": ["{'a': 1}", "[1]", "[" * 100_000],
     "--temperature": ["-1", "nan"],
     "--top-p": ["0", "1.1"],
     "--dtype": ["int8"],
@@ -248,7 +245,7 @@ CONTRADICTIONS = [  # the option that is named; what contradicts, and what is so
     ("--temperature", [{"temperature": 0.0009}], [{"temperature": 0.001}, {"temperature": 0.0}]),
     ("--no-chat", [{"no_chat_template": True, "chat_template_args": {"a": 1}}], [{"chat_template_args": {"a": 1}}]),
     ("--compile on", [{"device_map": "auto", "compile": "on"}], [{"device_map": "auto"}, {"compile": "on"}]),
-    ("--json", [{"json": "a", "svg": "a"}, {"prompts": "a", "json": "a"}], [{"prompts": "a", "json": "b"}, {}]),
+    ("--prompts", [{"json": "a", "svg": "./a"}, {"prompts": "a", "svg": "a"}], [{"prompts": "a", "json": "b"}, {}]),
 ]
 
 
@@ -533,26 +530,31 @@ def test_only_the_main_model_and_the_prompts_end_a_run(tmp_path, capsys, one_pro
 
 
 def test_what_fails_in_a_prompt_is_a_row_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
-    """A model that runs out of memory in passes of 21 tokens, the verify passes of K = 20, and where it reads zip."""
+    """A model that runs out of memory in passes of 20 tokens, the verify passes of K = 19, and where it reads zip."""
     path, out = write(tmp_path / "p.txt", "What is re?", "What does zip do?", "What is abc?"), tmp_path / "out.json"
-    zipped = transformers.AutoTokenizer.from_pretrained(MAIN)("zip")["input_ids"][-1]
-    failing(monkeypatch, lambda ids: ids.shape[1] == 21 or (ids == zipped).any())
-    assert run(*QUICK, "--prompts", path, "--draft-tokens", "20,3,auto", "--json", out) == 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MAIN)
+    zipped = tokenizer("zip")["input_ids"][-1]
+
+    def reads_zip(ids):
+        return ids[0, 0] == tokenizer.bos_token_id and zipped in ids  # in a prompt: a draft may propose it anywhere
+
+    failing(monkeypatch, lambda ids: ids.shape[1] == 20 or reads_zip(ids))
+    assert run(*QUICK, "--prompts", path, "--draft-tokens", "19,3,auto", "--json", out) == 1
     printed, report = capsys.readouterr().out, read(out)
-    assert 21 not in [prompt["prompt_tokens"] for prompt in report["prompts"]] and report["complete"] is True
-    for label in ("baseline", "K = 20", "K = 3", "K = auto"):
-        fails = [place == 1 or label == "K = 20" for place in range(3)]
+    assert 20 not in [prompt["prompt_tokens"] for prompt in report["prompts"]] and report["complete"] is True
+    for label in ("baseline", "K = 19", "K = 3", "K = auto"):
+        fails = [place == 1 or label == "K = 19" for place in range(3)]
         for outcome, is_failed in zip(outcomes_of(report, label), fails, strict=True):
             assert outcome["error"] == (OUT_OF_MEMORY if is_failed else None)
             for field in ("figures", "verdict", "token_ids"):
                 assert (outcome[field] is None) == is_failed
         summary = summaries_of(report)[label]
-        assert summary is None if label == "K = 20" else (summary["prompts"], summary["identical"]) == (2, 2)
+        assert summary is None if label == "K = 19" else (summary["prompts"], summary["identical"]) == (2, 2)
     good = [rf"    {label} +12 .* yes\n" for label in ("baseline", "K = 3", "K = auto")]
-    rows = "".join(good) + re.escape(f"    K = 20: {OUT_OF_MEMORY}\n")
+    rows = "".join(good) + re.escape(f"    K = 19: {OUT_OF_MEMORY}\n")
     assert len(re.findall(rows, printed)) == 2 and printed.count(f": {OUT_OF_MEMORY}\n") == 6
     assert "4 of 4 outputs" in printed
-    failing(monkeypatch, lambda ids: (ids == zipped).any())
+    failing(monkeypatch, reads_zip)
     assert OUT_OF_MEMORY in refused(capsys, *QUICK, "--draft", "ngram", "--prompts", write(path, "What does zip do?"))
 
 
@@ -883,7 +885,7 @@ def test_every_process_says_why_it_ends_and_one_that_fails_ends_all(tmp_path):
     assert {process.status for process in processes} == {2}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_ends_early_ends_all_with_the_report(tmp_path, number):
     """By Ctrl-C, or so that it cannot say anything any more."""
     out = tmp_path / "out.json"
@@ -898,8 +900,9 @@ def test_a_process_that_ends_early_ends_all_with_the_report(tmp_path, number):
         os.kill(second.pid, number)
         (printed, said), silent = first.finish(), second.finish()
     done = len(read(out)["prompts"])
-    assert first.status == (130 if number == signal.SIGINT else 2) and silent == ("", "")
-    assert said.count("\n") == 2 and said.endswith("Interrupted.\n")
+    tells = number == signal.SIGINT
+    assert first.status == 2 and silent == ("", "Interrupted.\n" if tells else "")
+    assert re.fullmatch(f"Loading …\nerror: {'another process failed' if tells else 'process 1 is gone'}: .*\n", said)
     assert f"\nOnly {done} of 2000 prompts: " in printed and "\n    mean\n" in printed and done >= 2
 
 

@@ -15,14 +15,14 @@ import speculative_decoding as sd
 
 MAIN, DRAFT = ROOT / "tests/tiny_gemma2/main", ROOT / "tests/tiny_gemma2/draft"
 PROMPT = [5, 9, 13, 2, 40]
-COSTS = [0.1, 0.125, 0.15, 0.2, 0.3]
+COSTS = (0.1, 0.125, 0.15, 0.2, 0.3)
 TTFT, TPOT = "time_to_first_token_s", "time_per_output_token_s"
 FIELDS = [field.name for field in dataclasses.fields(sd.Figures)]
 
 
 def agree(actual, expected, where=""):
     """Assert that figures are the same: exact counts and None, and floats up to rounding."""
-    if isinstance(expected, dict | list):
+    if isinstance(expected, dict | list | tuple):
         assert len(actual) == len(expected), where
         for key, value in expected.items() if isinstance(expected, dict) else enumerate(expected):
             agree(actual[key], value, f"{where} {key}")
@@ -395,7 +395,7 @@ def test_of_n_grams_a_round_costs_what_it_can_draft():
         found = sd.draft_figures(results_of([own], [own], replays=[replay]).prompts, CONTENDER)
         agree(dataclasses.asdict(found), draft_figures_anew("D", COSTS, [replay]))
     assert found.alpha is None and found.oracle_speedup_percent == pytest.approx(0)  # each round is a step
-    for contender in (CONTENDER, sd.Contender("G", None, [], error="cannot load G")):  # nothing of theirs was replayed
+    for contender in (CONTENDER, sd.Contender("G", None, error="cannot load G")):  # nothing of theirs was replayed
         found = sd.draft_figures(results_of([own], [own]).prompts, contender)
         assert found == sd.DraftFigures(contender.name, contender.costs, error=contender.error)
 

@@ -31,7 +31,7 @@ def console_of(width=120, **options):
     return Console(width=width, markup=False, emoji=False, highlight=False, **options)
 
 
-COSTS = [0.1, 0.125, 0.15, 0.2, 0.3]
+COSTS = (0.1, 0.125, 0.15, 0.2, 0.3)
 DRAFT = sd.Contender("D", None, COSTS)
 BASELINE = sd.Method("baseline", None, step_bytes=990_000_000)
 FIXED, AUTO = sd.Method("K = 3", None, DRAFT, 3), sd.Method("K = auto", None, DRAFT, "auto")
@@ -185,7 +185,7 @@ def test_the_json_says_what_each_method_did():
 
 def test_nothing_that_is_not_finite_reaches_the_json():
     """Wherever it stands: in records of any kind, and what follows from them."""
-    bad, odd = [math.nan, math.inf, -math.inf], sd.Contender("D", None, [math.inf, math.nan, 0.1])
+    bad, odd = [math.nan, math.inf, -math.inf], sd.Contender("D", None, (math.inf, math.nan, 0.1))
     run = generation_of(TOKENS, 0.5, math.nan, [(3, 1, *bad)] * 3, -math.inf)
     broken = outcome_of(run, "tie", sd.Divergence(1, 2, 3, *bad, "tie", None))
     methods, replays = (BASELINE, sd.Method("K = 3", None, odd, 3)), {"D": replay_of([math.nan] * 10)}
@@ -338,7 +338,7 @@ def test_whether_a_text_is_the_same_is_one_word():
 
 def test_a_method_that_failed_is_a_line_that_says_why():
     """In its prompt; if its draft could not run at all, once for all prompts, by a name that is safe."""
-    gone = sd.Contender("x/\x1b[2Jgone", None, [], error="it is gone")
+    gone = sd.Contender("x/\x1b[2Jgone", None, error="it is gone")
     prompts = [result_of(1, fixed=failed("why not"), auto=failed()), result_of(2)]
     for result in prompts:
         result.outcomes["gone, K = 3"] = failed("it is gone")
@@ -420,8 +420,8 @@ def test_by_k_replayed():
 
 def test_by_k_of_several_drafts_on_a_narrow_terminal():
     """A row a draft, but for one that failed, or whose replay did. No figure is cut."""
-    long = sd.Contender("x/a\x1b[2J-long-draft", None, [0.1 + k / 1e3 for k in range(16)])
-    gone, broken = sd.Contender("gone", None, [], error="it is gone"), sd.Contender("broken", None, COSTS)
+    long = sd.Contender("x/a\x1b[2J-long-draft", None, tuple(0.1 + k / 1e3 for k in range(16)))
+    gone, broken = sd.Contender("gone", None, error="it is gone"), sd.Contender("broken", None, COSTS)
     methods = (BASELINE, FIXED, sd.Method("a�[2J-long-draft, K = 3", None, long, 3))
     results = replayed(result_of(1, methods), contenders=(DRAFT, long, gone), methods=methods)
     results = dataclasses.replace(results, contenders=(*results.contenders, broken))
