@@ -867,12 +867,12 @@ class FixedSchedule:
 
 @torch.no_grad()
 def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids: Tensor, widths: tuple) -> tuple:
-    """The seconds that a round of 0, 1, … draft tokens takes here, behind a prompt, ids [1, n]: medians.
+    """The seconds that a round of 0, 1, … draft tokens takes here, behind a prompt, ids [1, n]: the least of many.
 
     `widths`: of compiled verify passes, rising, up to which rounds are measured; () for eager ones. All lengths take
-    turns, so that a busy moment of the machine lengthens all alike: three times at least, and for two seconds. At each
-    turn as many rounds follow each other as draft 16 tokens or so: the first ones are slower, by a tenth if they are
-    short, as caches still hold what longer rounds have used.
+    turns, three times at least and for two seconds: so each has its share of the moments when nothing else runs on the
+    machine, and these count. At each turn as many rounds follow each other as draft 16 tokens or so: a short one is
+    slower by a tenth behind longer ones, which leave their data in the processor's caches.
     """
     longest = min(LONGEST, max(widths, default=LONGEST + 1) - 1)
     schedules = [FixedSchedule(length, widths) for length in range(longest + 1)]
@@ -881,14 +881,13 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
     main.prefill(prompt_ids)
     draft.reset(prompt_ids)
     turns, end = [], time.perf_counter() + 2
-    while len(turns) < 4 or time.perf_counter() < end:
+    while len(turns) < 3 or time.perf_counter() < end:
         turn = []
         for schedule in schedules:
             count = 16 // (schedule.draft_tokens + 1)
-            times = [measure_round(main, draft, sampler, text, schedule) for _ in range(count)]
-            turn.append(statistics.median(times[count // 2 :]))
+            turn.append(min(measure_round(main, draft, sampler, text, schedule) for _ in range(count)))
         turns.append(turn)
-    return tuple(numpy.median(turns[1:], axis=0).tolist())  # the first warms up
+    return tuple(map(min, zip(*turns, strict=True)))
 
 
 def measure_round(main: CachedModel, draft: Draft, sampler: Sampler, text: list, schedule: FixedSchedule) -> float:
@@ -2710,23 +2709,25 @@ def choose_threads(main: CachedModel) -> int:
     """How many threads to compute with on a CPU: the fewest that take a step at most 5 % longer than the fastest.
 
     Threads wait for each other at every product, and so for whatever else runs on the machine: more are not always
-    faster. All usable cores, half of them, a quarter … take turns, twice. OMP_NUM_THREADS, if it is set, is kept.
+    faster. All usable cores, half of them, a quarter … take turns, twice, and all of their time counts: on a busy
+    machine some steps with many threads are quick. OMP_NUM_THREADS, if it is set, is kept.
     """
     if main.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     cores = usable_cores()
     token = torch.zeros(1, 1, dtype=torch.long)
-    best_s = {cores >> halved: math.inf for halved in range(cores.bit_length())}
+    took_s = dict.fromkeys((cores >> halved for halved in range(cores.bit_length())), 0.0)
 
     def step():
         main.forward(token)
         main.roll_back(1)
 
     main.prefill(token.repeat(1, 8))
-    for count in [*best_s] * 2:
+    for count in [*took_s] * 2:
         torch.set_num_threads(count)
-        best_s[count] = min(best_s[count], *timeit.repeat(step, timer=time.perf_counter, number=1, repeat=2))
-    fewest = min(count for count in best_s if best_s[count] <= 1.05 * min(best_s.values()))
+        step()  # begins new threads
+        took_s[count] += timeit.timeit(step, timer=time.perf_counter, number=2)
+    fewest = min(count for count in took_s if took_s[count] <= 1.05 * min(took_s.values()))
     torch.set_num_threads(fewest)
     return fewest
 
