@@ -2709,8 +2709,7 @@ def choose_threads(main: CachedModel) -> int:
     """How many threads to compute with on a CPU: the fewest that take a step at most 5 % longer than the fastest.
 
     Threads wait for each other at every product, and so for whatever else runs on the machine: more are not always
-    faster. All usable cores, half of them, a quarter … take turns, twice, and all of their time counts: on a busy
-    machine some steps with many threads are quick. OMP_NUM_THREADS, if it is set, is kept.
+    faster. All usable cores, half of them, … take turns, twice; all of their time counts. OMP_NUM_THREADS is kept.
     """
     if main.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
