@@ -871,8 +871,8 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
 
     `widths`: of compiled verify passes, rising, up to which rounds are measured; () for eager ones. All lengths take
     turns, three times at least and for two seconds: so each has its share of the moments when nothing else runs on the
-    machine, and these count. At each turn as many rounds follow each other as draft 16 tokens or so: a short one is
-    slower by a tenth behind longer ones, which leave their data in the processor's caches.
+    machine, and these count. At each turn rounds follow each other, for 16 tokens or so: right behind longer ones a
+    short one was slower by a tenth.
     """
     longest = min(LONGEST, max(widths, default=LONGEST + 1) - 1)
     schedules = [FixedSchedule(length, widths) for length in range(longest + 1)]
@@ -880,14 +880,12 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
     text.append(text[-1])  # any token will do
     main.prefill(prompt_ids)
     draft.reset(prompt_ids)
-    turns, end = [], time.perf_counter() + 2
-    while len(turns) < 3 or time.perf_counter() < end:
-        turn = []
-        for schedule in schedules:
-            count = 16 // (schedule.draft_tokens + 1)
-            turn.append(min(measure_round(main, draft, sampler, text, schedule) for _ in range(count)))
-        turns.append(turn)
-    return tuple(map(min, zip(*turns, strict=True)))
+    times, end = [[] for _ in schedules], time.perf_counter() + 2
+    while len(times[-1]) < 3 or time.perf_counter() < end:
+        for drafted, schedule in enumerate(schedules):
+            for _ in range(16 // (drafted + 1)):
+                times[drafted].append(measure_round(main, draft, sampler, text, schedule))
+    return tuple(map(min, times))
 
 
 def measure_round(main: CachedModel, draft: Draft, sampler: Sampler, text: list, schedule: FixedSchedule) -> float:
@@ -2857,9 +2855,9 @@ class Plan(NamedTuple):
         return tuple(sorted({width for k in self.settings.draft_tokens for width in verify_widths(k, device)}))
 
     @property
-    def capacity(self) -> int:
-        """The most tokens of a text that a compiled model holds."""
-        return max(len(question.ids) for question in self.questions) + self.chat.behind + 2
+    def longest(self) -> int:
+        """The most tokens that a text can have, with the last round's draft."""
+        return max(len(question.ids) for question in self.questions) + self.chat.behind
 
 
 class Ready(NamedTuple):
@@ -3055,6 +3053,8 @@ def read_draft(plan: Plan, name: str) -> ModelFiles | None:
     if name == NGRAM:
         return None
     files, main = read_model(name, plan.files.dtype), plan.files
+    if plan.longest > (context := context_of(files.config)):
+        raise UsageError(f"its context of {context} tokens is less than a text's {plan.longest}: shorten the prompts")
     differing = differing_ids(plan.chat.tokenizer, load_tokenizer(files), f"{main.name} and {name}")
     vocabulary = min(files.vocabulary, main.vocabulary)
     return files._replace(vocabulary=vocabulary, excluded=tuple(each for each in differing if each < vocabulary))
@@ -3097,7 +3097,7 @@ def load(plan: Plan, device: torch.device, scratch: str) -> PreTrainedModel:
 def compile_main(plan: Plan, main: CachedModel, console: Console, announce: Callable) -> CachedModel:
     """The main model with compiled steps; as it is if the compiler fails, which it can in any way, and that is said."""
     try:
-        compiled = CompiledModel(main, plan.capacity)
+        compiled = CompiledModel(main, plan.longest + 2)
         steps = [(plan.sampler.sample, 1), *((plan.sampler.score, width) for width in plan.widths)]
         compile_steps(compiled, plan.sampler, steps, announce)
         return compiled
@@ -3113,7 +3113,7 @@ def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable
     if files:
         cached = cached_model(model, main.device, files.vocabulary, files.excluded)
         if widths and not files.keeps_state:
-            cached = CompiledModel(cached, plan.capacity)
+            cached = CompiledModel(cached, plan.longest + 2)
             lengths = (2,) if widths == (2,) else (1, 2)  # with K = 1 a draft never reads a token of its own
             steps = [(plan.sampler.sample_draft, tokens) for tokens in lengths]
             compile_steps(cached, plan.sampler, steps, announce)

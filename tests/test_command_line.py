@@ -476,6 +476,9 @@ def test_drafts_that_cannot_run_are_rows_and_the_others_go_on(tmp_path, capsys, 
     copied(other, draft, tokenizer=lambda text: text.replace('"vocab": {', '"vocab": {"zebra": 2048,'))
     shutil.copytree(DRAFT, late)
     alike = copied(tmp_path / "alike", draft, tokenizer=renamed, tokenizer_config=renamed)
+    short = tmp_path / "short"
+    shutil.copytree(DRAFT, short)
+    write(short / "config.json", json.dumps(read(short / "config.json") | {"max_position_embeddings": 16}))
     models, seen = failing(monkeypatch, lambda ids: True, "late"), []
 
     def measure_costs(main, draft, *further):
@@ -486,12 +489,12 @@ def test_drafts_that_cannot_run_are_rows_and_the_others_go_on(tmp_path, capsys, 
 
     measure, out = sd.measure_costs, tmp_path / "out.json"
     monkeypatch.setattr(sd, "measure_costs", measure_costs)
-    drafts = f"{DRAFT},{missing},{broken},{other},{late},ngram,{alike}"
+    drafts = f"{DRAFT},{missing},{broken},{other},{late},{short},ngram,{alike}"
     assert run("--main", MAIN, "--draft", drafts, "--prompts", one_prompt, *SHORT, "--json", out) == 1
     printed, said = capsys.readouterr()
     report, printed = read(out), " ".join(printed.split())
     reasons = {"draft": None, "missing": "no model", "broken": "model.safetensors", "�[31mother": "'zebra'"}
-    reasons |= {"late": "out of memory", "ngram": None, "alike": None}
+    reasons |= {"late": "out of memory", "short": "context of 16", "ngram": None, "alike": None}
     assert [method["label"] for method in report["methods"]] == ["baseline", *(f"{name}, K = 3" for name in reasons)]
     assert [method["draft"] for method in report["methods"]] == [None, *drafts.split(",")]
     (prompt,) = report["prompts"]
