@@ -59,7 +59,6 @@ import pickle
 import platform
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -67,7 +66,7 @@ import time
 import timeit
 import unicodedata
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -356,7 +355,7 @@ class Sampler:
     Three methods say what follows a forward pass (`then` of CachedModel.step), from its logits, [n, vocabulary], the
     ids that it read, [1, n], and random numbers, [1] or None. They run on the device, and can be compiled with it.
       sample        the next token, [1, 1], from the logits before it, [1, vocabulary]
-      sample_draft  that token, its probability, [1], and the distribution q it was drawn from, [1, vocabulary], or None
+      sample_draft  that token, and the distribution q that it was drawn from, [1, vocabulary]; None if it was not drawn
       score         of a verify pass: the target output, [K+1, …], by which `accept` decides, and the log-likelihood of
                     each draft token under the main model at temperature 1, [K], in nats, float32
     `accept` returns what a round emits, from the target output, the draft tokens, [K], and q, [K, vocabulary] or None:
@@ -378,10 +377,8 @@ class Greedy(Sampler):
     def sample(self, logits: Tensor, ids: Tensor, uniform: None) -> Tensor:
         return logits.argmax(dim=-1, keepdim=True)
 
-    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor, None]:
-        logits = logits.float()
-        best, token = logits.max(dim=-1, keepdim=True)
-        return token, (best[0] - logits.logsumexp(dim=-1)).exp(), None
+    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, None]:
+        return self.sample(logits, ids, uniform), None
 
     def score(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
         return logits.argmax(dim=-1), log_likelihood(logits, ids)  # the target output: its own choices, [K+1]
@@ -418,10 +415,9 @@ class Sampling(Sampler):
     def sample(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
         return draw(self.distribution(logits), uniform)
 
-    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sample_draft(self, logits: Tensor, ids: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         q = self.distribution(logits)
-        token = draw(q, uniform)
-        return token, q.gather(1, token)[0], q
+        return draw(q, uniform), q
 
     def score(self, logits: Tensor, ids: Tensor, uniform: None) -> tuple[Tensor, Tensor]:
         return self.distribution(logits), log_likelihood(logits, ids)  # the target output: p, [K+1, vocabulary]
@@ -579,8 +575,8 @@ class Draft:
     def reset(self, prompt_ids: Tensor) -> None:
         """Begin a text with a prompt, ids [1, n], n ≥ 1."""
 
-    def propose(self, text: list[int], schedule: "FixedSchedule") -> "Proposal":
-        """Draft how a text, the ids of prompt and output so far, goes on: while `schedule.wants_another` (part 6)."""
+    def propose(self, text: list[int], count: int) -> "Proposal":
+        """Draft how a text, the ids of prompt and output so far, goes on, by at most so many tokens."""
 
     def roll_back(self, tokens: int) -> None:
         """Undo so many of the latest tokens that were read."""
@@ -590,7 +586,6 @@ class Proposal(NamedTuple):
     """K ≥ 0 draft tokens."""
 
     ids: Tensor  # [1, K]
-    confidences: list  # the draft's probability of each token: a float, or a tensor [1] that the host has not read
     q: Tensor | None = None  # the distributions that they were drawn from, [K, vocabulary]; None: nothing was drawn
 
 
@@ -608,21 +603,19 @@ class ModelDraft(Draft):
         if self.has_read:
             self.model.prefill(prompt_ids[:, :-1].clamp(max=self.last_id))
 
-    def propose(self, text: list[int], schedule: "FixedSchedule") -> Proposal:
-        tokens, confidences, q = [], [], []
-        device, sampler = self.model.device, self.sampler
+    def propose(self, text: list[int], count: int) -> Proposal:
+        tokens, q = [], []
         # First it reads what its cache lacks of the text, [1, 2] or more, then each token just drafted, [1, 1], which
-        # never leaves the device. On a CPU the host may read a confidence; elsewhere it would have to wait for it.
-        latest = torch.tensor([text[self.has_read :]], device=device).clamp(max=self.last_id)
-        while schedule.wants_another(confidences):
-            latest, confidence, drawn_from = self.model.step(sampler.sample_draft, latest, sampler.uniform(1))
+        # never leaves the device.
+        latest = torch.tensor([text[self.has_read :]], device=self.model.device).clamp(max=self.last_id)
+        if not count:
+            return Proposal(latest[:, :0])
+        for _ in range(count):
+            latest, drawn_from = self.model.step(self.sampler.sample_draft, latest, self.sampler.uniform(1))
             tokens.append(latest)
-            confidences.append(confidence.item() if device.type == "cpu" else confidence)
             q.append(drawn_from)
-        if not tokens:
-            return Proposal(latest[:, :0], [])
-        self.has_read = len(text) + len(tokens) - 1
-        return Proposal(torch.cat(tokens, dim=1), confidences, None if q[0] is None else torch.cat(q))
+        self.has_read = len(text) + count - 1
+        return Proposal(torch.cat(tokens, dim=1), None if q[0] is None else torch.cat(q))
 
     def roll_back(self, tokens: int) -> None:
         self.model.roll_back(tokens)
@@ -632,29 +625,21 @@ class ModelDraft(Draft):
 class NgramDraft(Draft):
     """Without a model (prompt lookup decoding, Saxena 2023): what followed the last three, two or one tokens before."""
 
-    assumed_acceptance = {1: 0.45, 2: 0.75, 3: 0.95}  # by the tokens that match: to begin with, auto corrects it
-
     def __init__(self, device: torch.device):
         self.device = device
 
     def reset(self, prompt_ids: Tensor) -> None:
         self.indexed, self.continuations = 1, {}  # n-gram: the place in the text after its latest occurrence
 
-    def propose(self, text: list[int], schedule: "FixedSchedule") -> Proposal:
+    def propose(self, text: list[int], count: int) -> Proposal:
         for place in range(self.indexed, len(text)):
-            for n in self.assumed_acceptance:
+            for n in (1, 2, 3):
                 if n <= place:
                     self.continuations[tuple(text[place - n : place])] = place
         self.indexed = len(text)
-        start, confidence, tokens = len(text), 0.0, []
-        for n, acceptance in self.assumed_acceptance.items():  # of the longest that is found
-            if found := self.continuations.get(tuple(text[-n:])):
-                start, confidence = found, acceptance
-        for token in text[start:]:
-            if not schedule.wants_another([confidence] * len(tokens)):
-                break
-            tokens.append(token)
-        return Proposal(torch.tensor([tokens], dtype=torch.long, device=self.device), [confidence] * len(tokens))
+        places = [self.continuations.get(tuple(text[-n:])) for n in (3, 2, 1)]
+        start = next(filter(None, places), len(text))  # of the longest that is found
+        return Proposal(torch.tensor([text[start : start + count]], dtype=torch.long, device=self.device))
 
 
 @torch.no_grad()
@@ -673,7 +658,7 @@ def decode_speculatively(
     while not has_ended:
         begun = mark(main.device)
         # 1. Draft: K tokens, one after the other.
-        draft_ids, confidences, q = draft.propose([*prompt.ids, *output], schedule)  # [1, K]
+        draft_ids, q = draft.propose([*prompt.ids, *output], schedule.draft_tokens)  # [1, K]
         drafted = draft_ids.shape[1]
         proposed = mark(main.device)
         if drafted:
@@ -694,11 +679,10 @@ def decode_speculatively(
         main.roll_back(drafted - accepted)
         draft.roll_back(drafted - accepted)
         has_ended = emit(prompt, output, tokens)
-        schedule.learn(confidences, accepted)
+        schedule.learn(drafted, accepted)
         rounds.append((drafted, accepted, begun, proposed, verified, mark(main.device)))
     latency_s = now(main.device) - start
     timed = tuple(timed_round(main.device, *marked) for marked in rounds)
-    schedule.end_text(timed)
     log_likelihood = torch.cat(log_likelihoods).sum().item() if log_likelihoods else 0.0
     return Generation(tuple(output), latency_s, first_token_s, timed, log_likelihood)
 
@@ -844,25 +828,18 @@ def verify_widths(draft_tokens: int | str, device: torch.device) -> tuple[int, .
 
 
 class FixedSchedule:
-    """The draft-length schedule that drafts the same number of tokens in each round."""
+    """The draft-length schedule that drafts the same number of tokens, `draft_tokens`, in each round."""
 
     def __init__(self, draft_tokens: int, widths: tuple = ()):
         """`widths`: what verify passes are padded to, if they are compiled, in rising order."""
         self.draft_tokens, self.widths = draft_tokens, widths
 
-    def wants_another(self, confidences: list) -> bool:
-        """Whether to draft one more token. `confidences`: the draft's probabilities of this round's tokens so far."""
-        return len(confidences) < self.draft_tokens
-
     def width(self, drafted: int) -> int:
         """How many tokens the verify pass of so many draft tokens has."""
         return next((width for width in self.widths if width > drafted), drafted + 1)
 
-    def learn(self, confidences: list, accepted: int) -> None:
+    def learn(self, drafted: int, accepted: int) -> None:
         """Take note of what became of a round's draft tokens."""
-
-    def end_text(self, rounds: tuple[Round, ...]) -> None:
-        """Take note of the rounds of a whole text with their times, which a device's clock may tell only then."""
 
 
 @torch.no_grad()
@@ -892,7 +869,7 @@ def measure_round(main: CachedModel, draft: Draft, sampler: Sampler, text: list,
     """The seconds of a round, which is undone. What is verified has its full length, also if n-grams find less."""
     width = schedule.draft_tokens + 1
     start = now(main.device)
-    draft.propose(text, schedule)
+    draft.propose(text, schedule.draft_tokens)
     ids = torch.full((1, width), text[-1], device=main.device)
     if width > 1:
         main.verify(sampler.score, ids, schedule.width(width - 1))
@@ -904,102 +881,43 @@ def measure_round(main: CachedModel, draft: Draft, sampler: Sampler, text: list,
 
 
 class AutoSchedule(FixedSchedule):
-    """Draft as many tokens as pay, chosen before each round; rest where drafting only loses. It keeps learning.
+    """Draft as many tokens as pay, chosen before each round; none where drafting only loses. It keeps learning.
 
     A round of K draft tokens yields 1 + P(first accepted) + … + P(first K accepted) tokens (Leviathan et al. 2023,
-    equation 1, with what was lately accepted at each position). Its time by these tokens is the time per token; the
-    best K has the shortest. An accelerator decides so: it must not wait for the host while it drafts.
+    equation 1, with what was lately accepted at each position). Its cost by these tokens is the time per token; the
+    best K has the shortest. Decided before the round, it never makes an accelerator wait for the host.
     """
 
     FADING = 0.98  # the weight of a round beside the next one's: about the last 50 count
     ALIKE = 16  # tests; a position of which there are fewer counts as most others do
-    PROBE = 128  # rounds; in one of so many nothing is drafted, as drafting is compared with that
-    ENOUGH = 2  # rounds of a length whose times are believed more than the measured costs
-    LATEST = 15  # of such rounds count
-    MOST_LOST = 6.0  # baseline steps that drafting may lose before it rests
-    LOST_AFTER_REST = 4.0  # so many of them are taken for lost when it is tried again
-    REST = 256  # rounds
+    MARGIN = 1.04  # to draft nothing must be faster by 4 %: it would learn nothing more
+    PERIOD, TRIED = 256, 6  # rounds: in the first 6 of 256 it drafts all the same, to see if that still loses
 
-    def __init__(self, costs: list, widths: tuple = ()):
-        """`costs`: of `measure_costs`, in seconds."""
+    def __init__(self, costs: tuple, widths: tuple = ()):
+        """`costs`: of `measure_costs`."""
         super().__init__(0, widths)
-        self.costs = self.round_s = numpy.array(costs)  # round_s: corrected by the rounds' own times
-        self.ratios = [deque(maxlen=self.LATEST) for _ in costs]  # of these times to `costs`
+        self.costs, self.rounds = numpy.array(costs), 0  # rounds so far
         self.accepted, self.tested = numpy.zeros((2, len(costs) - 1))  # by position; those of old rounds fade
         self.accepted[0], self.tested[0] = 6, 8  # α = 0.75 is assumed to begin with
-        self.rounds, self.rest = 0, 0  # so far; still to go without a draft
-        self.lost = 0.0  # baseline steps that drafting has cost of late, beyond what it gained
         self.plan()
 
     def plan(self) -> None:
-        """The best K by the costs and rates of acceptance known by now; whether to rest, if even that does not pay."""
+        """Choose the next round's K, by what is known of the acceptance at each position."""
         alpha = self.accepted.sum() / self.tested.sum()
-        self.rates = (self.accepted + self.ALIKE * alpha) / (self.tested + self.ALIKE)  # of acceptance, by position
-        per_token = self.round_s / numpy.cumprod([1.0, *self.rates]).cumsum()
-        self.worth_s = per_token.min()  # what can be had for this time, a token is worth
-        self.draft_tokens = 1 + int(per_token[1:].argmin())
-        if self.worth_s < self.round_s[0]:
-            self.rest = 0
-        elif self.lost > self.MOST_LOST:
-            self.rest, self.lost = self.REST, self.LOST_AFTER_REST
+        rates = (self.accepted + self.ALIKE * alpha) / (self.tested + self.ALIKE)
+        per_token = self.costs / numpy.cumprod([1.0, *rates]).cumsum()
+        per_token[0] *= self.MARGIN
+        fewest = 1 if self.rounds % self.PERIOD < self.TRIED else 0
+        self.draft_tokens = fewest + int(per_token[fewest:].argmin())
 
-    def skips_round(self) -> bool:
-        """Whether the next round drafts nothing: it is one of a rest, or a probe."""
-        return self.rest > 0 or self.rounds % self.PROBE == self.PROBE - 1
-
-    def wants_another(self, confidences: list) -> bool:
-        return not self.skips_round() and super().wants_another(confidences)
-
-    def learn(self, confidences: list, accepted: int) -> None:
+    def learn(self, drafted: int, accepted: int) -> None:
         self.rounds += 1
-        self.rest = max(0, self.rest - 1)
-        if drafted := len(confidences):
+        if drafted:
             self.accepted *= self.FADING
             self.accepted[:accepted] += 1
             self.tested *= self.FADING
             self.tested[: min(accepted + 1, drafted)] += 1
-            self.lost = max(0.0, self.lost + self.round_s[drafted] / self.round_s[0] - accepted - 1)
-            self.plan()
-
-    def end_text(self, rounds: tuple[Round, ...]) -> None:
-        """Correct the costs by the times of a text's rounds: medians, as some rounds catch up or are disturbed."""
-        for each in rounds:
-            self.ratios[each.drafted].append(each.seconds / self.costs[each.drafted])
-        believed = {k: statistics.median(ratios) for k, ratios in enumerate(self.ratios) if len(ratios) >= self.ENOUGH}
-        if believed:  # lengths unseen are as wrong as their neighbours
-            self.round_s = self.costs * numpy.interp(range(len(self.costs)), [*believed], [*believed.values()])
-            self.plan()
-
-
-class ConfidenceSchedule(AutoSchedule):
-    """Draft token by token, while the draft's own probabilities say that it pays: where the host may read them.
-
-    They are corrected by how many tokens of about that probability were accepted.
-    """
-
-    def __init__(self, costs: list, widths: tuple = ()):
-        super().__init__(costs, widths)
-        # Accepted and tested tokens, [10, 2], by the tenth that their probability is in; two are assumed for each.
-        self.by_tenth = numpy.array([[(tenth + 0.5) / 5, 2.0] for tenth in range(10)])
-
-    def tenths(self, confidences: list) -> numpy.ndarray:
-        """The number of the tenth, 0 to 9, that each probability is in."""
-        return (10 * numpy.nan_to_num(confidences)).clip(0, 9).astype(int)
-
-    def wants_another(self, confidences: list) -> bool:
-        if self.skips_round() or not confidences:
-            return not self.skips_round()  # a round that drafts at all drafts one token
-        drafted = len(confidences)
-        accepted, tested = self.by_tenth[self.tenths(confidences)].T
-        # The chances that all of the round so far and one more, two more, … tokens are accepted.
-        chances = (accepted / tested).prod() * self.rates[drafted:].cumprod()
-        further_s = self.round_s[drafted + 1 :] - self.round_s[drafted]
-        return bool((chances.cumsum() * self.worth_s > further_s).any())
-
-    def learn(self, confidences: list, accepted: int) -> None:
-        super().learn(confidences, accepted)
-        for index, tenth in enumerate(self.tenths(confidences[: accepted + 1])):
-            self.by_tenth[tenth] = self.FADING * self.by_tenth[tenth] + [index < accepted, 1]
+        self.plan()
 
 
 # The replay. What a draft would do with a text can be had from the finished text: the text is the main model's own,
@@ -1039,7 +957,7 @@ def replay_ngrams(draft: NgramDraft, text: Tensor, start: int) -> Replay:
     replay = Replay(numpy.zeros((count, LONGEST)), numpy.zeros(count, int))
     draft.reset(text[:, :start])
     for row in range(count):
-        proposed = draft.propose(ids[: start + row], FixedSchedule(LONGEST)).ids[0].tolist()
+        proposed = draft.propose(ids[: start + row], LONGEST).ids[0].tolist()
         replay.drafted[row] = len(proposed)
         right = [token == own for token, own in zip(proposed, ids[start + row :], strict=False)]
         replay.chances[row, : len(right)] = right
@@ -1434,11 +1352,8 @@ def our_methods(models: Models, settings: Settings, widths: tuple) -> list:
     main, contenders, sampler, _ = models
     methods = [Method(BASELINE, partial(decode_autoregressively, main, sampler), step_bytes=bytes_per_step(main.model))]
     for contender, k in itertools.product(contenders, settings.draft_tokens):
-        schedule = FixedSchedule(k, widths)
-        if k == "auto" and not contender.error:
-            # An accelerator's probabilities are not read, but those that n-grams assume are on the host.
-            reads = main.device.type == "cpu" or isinstance(contender.draft, NgramDraft)
-            schedule = (ConfidenceSchedule if reads else AutoSchedule)(contender.costs, widths)
+        is_auto = k == "auto" and not contender.error
+        schedule = AutoSchedule(contender.costs, widths) if is_auto else FixedSchedule(k, widths)
         decode = partial(decode_speculatively, main, contender.draft, sampler, schedule)
         label = f"{short_name(contender.name, settings)}K = {k}"
         methods.append(Method(label, decode, contender, k))

@@ -148,6 +148,18 @@ def speculate(main, draft, prompt, schedule, new=32, end=frozenset(), sampler=No
     return sd.decode_speculatively(main, draft, sampler, schedule, prompt_of(prompt, number, new, end))
 
 
+class Scripted(sd.FixedSchedule):
+    """Drafts as many tokens in each round as a list says, again and again; notes what it is told."""
+
+    def __init__(self, lengths, widths=()):
+        super().__init__(lengths[0], widths)
+        self.lengths, self.learnt = lengths, []
+
+    def learn(self, drafted, accepted):
+        self.learnt.append((drafted, accepted))
+        self.draft_tokens = self.lengths[len(self.learnt) % len(self.lengths)]
+
+
 class Watched(sd.CachedModel):
     """Notes how many tokens it reads in each pass, and how many its cache holds after each roll-back."""
 

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from helpers import ROOT, SHAPE, baseline, counts_of, like, make_model, sd, speculate, with_more_tokens
+from helpers import ROOT, SHAPE, Scripted, baseline, counts_of, like, make_model, sd, speculate, with_more_tokens
 from torch._dynamo.utils import counters
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,21 +154,6 @@ def test_compiled_float16_runs_on_a_cpu():
 # Which steps run.
 
 
-class Scripted(sd.FixedSchedule):
-    """Drafts 0, 1, 2, … tokens in the rounds, up to a limit, and from 0 on again; or what `script` says."""
-
-    def __init__(self, draft_tokens, widths, script=None):
-        super().__init__(draft_tokens, widths)
-        self.script = itertools.cycle(script or range(draft_tokens + 1))
-        self.length = next(self.script)
-
-    def wants_another(self, confidences):
-        return len(confidences) < self.length
-
-    def learn(self, confidences, accepted):
-        self.length = next(self.script)
-
-
 def note_passes(model, monkeypatch):
     """A list that grows with each step: (its tokens, whether it was compiled). Each compiled one is marked as a new."""
     passes, marked, eagerly = [], [], sd.CachedModel.step
@@ -198,7 +183,7 @@ def test_passes_of_the_main_model_are_padded_to_the_next_width(pair, monkeypatch
     passes = note_passes(main, monkeypatch)
     for prompt in PROMPTS:
         passes.clear()
-        run = speculate(main, draft, prompt, Scripted(6, (5, 7)), NEW, sampler=GREEDY)
+        run = speculate(main, draft, prompt, Scripted(range(7), (5, 7)), NEW, sampler=GREEDY)
         assert run.token_ids == baseline(main.eager, prompt, NEW).token_ids
         # One token or five are compiled, and seven are not.
         drafted = [drafted for drafted, _ in counts_of(run)]
@@ -213,7 +198,7 @@ def test_a_draft_reads_what_it_has_missed_in_one_pass(pair, monkeypatch):
     for prompt in PROMPTS:
         passes.clear()
         run, reference = (
-            speculate(*each, prompt, Scripted(3, (5,), script), NEW, sampler=GREEDY)
+            speculate(*each, prompt, Scripted(script, (5,)), NEW, sampler=GREEDY)
             for each in (pair, [each.eager for each in pair])
         )
         assert (run.token_ids, counts_of(run)) == (reference.token_ids, counts_of(reference))
@@ -429,8 +414,8 @@ def test_drafting_and_verifying_read_nothing_from_the_device(is_fixed, sampler):
     helper.reset(prompt)
     with OneDevice(), torch.no_grad():
         for schedule, text in ((sd.FixedSchedule(4), [1] * 8), (sd.AutoSchedule([1.0, 1.1, 1.2, 1.3, 1.4]), [1] * 10)):
-            draft_ids, confidences, _ = helper.propose(text, schedule)
+            draft_ids, _ = helper.propose(text, schedule.draft_tokens)
             main.verify(sampler.score, torch.cat([last, draft_ids], dim=1), 5)
             main.roll_back(3), helper.roll_back(3)
-            schedule.learn(confidences, 1)
+            schedule.learn(4, 1)
         main.step(sampler.sample, last, sampler.uniform(1))

@@ -7,6 +7,7 @@ from helpers import (
     FAMILIES,
     SHAPE,
     VOCABULARY,
+    Scripted,
     Watched,
     always_wrong,
     baseline,
@@ -26,32 +27,15 @@ import speculative_decoding as sd
 PROMPT = [5, 9, 13, 2, 40]
 
 
-class Resting(sd.FixedSchedule):
-    """Drafts nothing in some rounds; keeps what it is told."""
-
-    def __init__(self, draft_tokens, rests=()):
-        super().__init__(draft_tokens)
-        self.rests, self.learnt, self.ended = rests, [], []
-
-    def wants_another(self, confidences):
-        return len(self.learnt) not in self.rests and super().wants_another(confidences)
-
-    def learn(self, confidences, accepted):
-        self.learnt.append((len(confidences), accepted))
-
-    def end_text(self, rounds):
-        self.ended.append(rounds)
-
-
 def check(pair, prompt, new, end, k, expected=None, rests=()):
     """Decode speculatively; assert that the text is the baseline's, the invariant after every round, and the shapes."""
     main, draft = map(Watched, pair)
     expected = expected or baseline(main, prompt, new, end).token_ids
-    schedule = Resting(k, rests)
+    schedule = Scripted([0 if number in rests else k for number in range(new)])
     result = speculate(main, draft, prompt, schedule, new, end)
     assert result.token_ids == expected
     counts, text, has_read = counts_of(result), len(prompt) + 1, len(prompt) - 1
-    assert schedule.learnt == counts and schedule.ended == [result.rounds]
+    assert schedule.learnt == counts
     main_passes, draft_passes = [len(prompt)], [has_read] if has_read else []
     main_held, draft_held = [], []
     for number, (drafted, accepted) in enumerate(counts):
@@ -279,7 +263,7 @@ def test_the_seconds_of_a_round_are_those_of_its_parts(monkeypatch):
     main, draft = map(Timed, pair_of("llama", 0.05))
     main.pass_s = {5: 512.0, 4: 128.0, 1: 64.0}
     draft.pass_s = {4: 1024.0, 3: 16.0, 2: 8.0, 1: 4.0}
-    result = speculate(main, draft, PROMPT, Resting(3, {1}), 16, sampler=TimedGreedy())
+    result = speculate(main, draft, PROMPT, Scripted([3, 0] + [3] * 16), 16, sampler=TimedGreedy())
     accepted = [each.accepted for each in result.rounds]
     expected = [(3, accepted[0], 8.0 + 4 + 4, 128.0, 16.0 + 128 + 1)]
     expected.append((0, 0, 0.0, 64.0, 64.0))  # a step: its seconds count as the main model's

@@ -8,10 +8,9 @@ import copy
 import itertools
 import random
 
-import numpy
 import pytest
 import torch
-from helpers import baseline, counts_of, ids_of, like, make_model, pair_of, speculate
+from helpers import Scripted, baseline, counts_of, ids_of, like, make_model, pair_of, speculate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ import speculative_decoding as sd
 
 PROMPT = [5, 9, 13, 2, 40]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-AUTO = [sd.AutoSchedule, sd.ConfidenceSchedule]
 SAMPLERS = {"greedy": sd.Greedy(), "sampled": sd.Sampling(0.5), "ngram": sd.Sampling(0.5)}
 
 
@@ -32,23 +30,6 @@ def costs_of(c, v, widest=None):
 CHEAP, DEAR = costs_of(0.1, 1.05, 1.5), costs_of(1.2, 1.05, 1.5)  # one that can never pay
 
 
-class Scripted(sd.FixedSchedule):
-    """Drafts as many tokens in each round as a list says, none included; notes what it is told."""
-
-    def __init__(self, lengths):
-        super().__init__(max(lengths))
-        self.lengths, self.learnt, self.texts = lengths, [], []
-
-    def wants_another(self, confidences):
-        return len(confidences) < self.lengths[len(self.learnt) % len(self.lengths)]
-
-    def learn(self, confidences, accepted):
-        self.learnt.append((len(confidences), accepted))
-
-    def end_text(self, rounds):
-        self.texts.append(rounds)
-
-
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8),
@@ -59,16 +40,15 @@ def test_any_sequence_of_lengths_is_exact_none_included(lengths, family, noise):
     (main, draft), schedule = pair_of(family, noise), Scripted(lengths)
     result = speculate(main, draft, PROMPT, schedule, 24)
     assert result.token_ids == baseline(main, PROMPT, 24).token_ids
-    assert schedule.learnt == counts_of(result) and schedule.texts == [result.rounds]
+    assert schedule.learnt == counts_of(result)
     assert [each.drafted for each in result.rounds] == [lengths[i % len(lengths)] for i in range(len(result.rounds))]
     if noise == 0:  # a perfect draft stays perfect behind a round without it
         assert all(drafted == accepted for drafted, accepted in counts_of(result))
 
 
-@pytest.mark.parametrize("kind", AUTO)
-def test_auto_is_exact(kind):
+def test_auto_is_exact():
     """What it learns from one text it takes to the next."""
-    schedule = kind(CHEAP)
+    schedule = sd.AutoSchedule(CHEAP)
     for noise, tokens in itertools.product((0.0, 0.03, 0.2), (PROMPT, [3])):
         main, draft = pair_of("gemma2", noise)
         result = speculate(main, draft, tokens, schedule, 64)
@@ -82,28 +62,22 @@ def simulate(schedule, alphas, costs, *, texts=20, tokens=128, catch_up_s=0.0, s
     """Decode texts; return baseline steps' worth of tokens by time, and how many tokens each round drafted.
 
     `alphas`: how often the draft token of each position is accepted. `costs`: what rounds cost in truth. `catch_up_s`:
-    what a draft's first pass costs more after a round that drafted nothing. Only ConfidenceSchedule reads confidences.
+    what a draft's first pass costs more after a round that drafted nothing.
     """
     chance, spent, lengths = random.Random(seed), 0.0, []
-    confidence = 0.5 if isinstance(schedule, sd.ConfidenceSchedule) else None
     for _ in range(texts):
-        made, rounds = 1, []
+        made = 1
         while made < tokens:
-            confidences = []
-            while schedule.wants_another(confidences):
-                confidences.append(confidence)
-            drafted = accepted = len(confidences)
+            drafted = accepted = schedule.draft_tokens
             for position in range(drafted):
                 if chance.random() >= alphas[position]:
                     accepted = position
                     break
-            late = drafted and rounds and not rounds[-1].drafted
-            rounds.append(sd.Round(drafted, accepted, seconds=costs[drafted] + (catch_up_s if late else 0)))
-            schedule.learn(confidences, accepted)
+            late = drafted and lengths and not lengths[-1]
+            spent += costs[drafted] + (catch_up_s if late else 0)
+            lengths.append(drafted)
+            schedule.learn(drafted, accepted)
             made += accepted + 1
-        schedule.end_text(tuple(rounds))
-        spent += sum(each.seconds for each in rounds)
-        lengths += [each.drafted for each in rounds]
     return texts * (tokens - 1) / spent, lengths
 
 
@@ -126,126 +100,61 @@ def test_a_useless_draft_costs_little_and_is_tried_again(costs):
     """Over the five prompts of the default run; also where a draft must catch up for long after a rest."""
     for alpha in (0.0, 0.3, 0.55):
         factor, lengths = simulate(sd.AutoSchedule(costs), [alpha] * 15, costs, texts=5, catch_up_s=3)
-        assert factor >= 0.97
-        if alpha == 0:
-            rests = [len(list(same)) for drafts, same in itertools.groupby(lengths, key=bool) if not drafts]
-            assert rests[0] == 256 and len(rests) >= 2  # it learned that in one text, and rested beyond it
+        assert factor >= (0.97 if costs is not DEAR else 0.95)
+        rests = [len(list(same)) for drafts, same in itertools.groupby(lengths, key=bool) if not drafts]
+        assert alpha or (rests[0] >= 200 and rests[1] == 250)  # it learned that in one text, and rested beyond it
 
 
-@pytest.mark.parametrize("kind", AUTO)
-def test_a_draft_that_has_become_good_is_taken_up(kind):
+def test_a_draft_that_has_become_good_is_taken_up():
     costs = costs_of(0.3, 1.06)
-    schedule = kind(costs)
+    schedule = sd.AutoSchedule(costs)
     assert simulate(schedule, [0.05] * 15, costs)[1][-1] == 0
     assert simulate(schedule, [0.9] * 15, costs)[0] > 1.5
-    _, lengths = simulate(kind(costs), [1.0] * 15, costs, texts=1, tokens=5000)
-    assert [number for number, drafted in enumerate(lengths) if not drafted][:2] == [127, 255]  # compared with
-
-
-@pytest.mark.parametrize(
-    ("alpha", "measured"),
-    [
-        (0.75, [1.0] + [2 * cost for cost in costs_of(0.44, 1.06)[1:]]),  # rounds seem to cost too much
-        (0.75, [1.0, 1.5, 4.0, *costs_of(0.44, 1.06)[3:]]),  # one of them
-        (0.75, costs_of(0.05, 1.06)),  # long ones too little
-        (0.3, [1.5, *costs_of(0.44, 1.06)[1:]]),  # a plain step too much
-        (0.3, [1.0] + [0.5 * cost for cost in costs_of(0.44, 1.06)[1:]]),
-        (0.75, [3 * cost for cost in costs_of(0.44, 1.06)]),  # all of them, as on a machine that was busy
-    ],
-)
-def test_a_wrong_estimate_does_not_last(alpha, measured):
-    schedule, costs, alphas = sd.AutoSchedule(measured), costs_of(0.44, 1.06), [alpha] * 15
-    simulate(schedule, alphas, costs)
-    best = max(1, simulate(sd.FixedSchedule(2), alphas, costs)[0])
-    assert simulate(schedule, alphas, costs, seed=1)[0] >= 0.97 * best
-
-
-@pytest.mark.parametrize("factor", [1.5, 2.0])
-@pytest.mark.parametrize("kind", AUTO)
-def test_the_rest_is_over_when_corrected_costs_say_that_some_length_pays(kind, factor):
-    """It rests within a text, for costs that seem too high; at its end they are known, and the next text drafts."""
-    costs, alphas = costs_of(0.3, 1.06), [0.85] * 15
-    schedule = kind([1.0] + [factor * cost for cost in costs[1:]])
-    assert simulate(schedule, alphas, costs, texts=1)[1][-1] == 0
-    assert schedule.wants_another([])
-    assert sum(map(bool, simulate(schedule, alphas, costs, texts=1, seed=1)[1][:16])) >= 15  # one may be a probe
+    assert 0 not in simulate(sd.AutoSchedule(costs), [1.0] * 15, costs, texts=1, tokens=5000)[1]
 
 
 # By hand.
-
-
-def length_of(schedule):
-    """How many tokens the next round drafts, whatever the host could read."""
-    return next(drafted for drafted in range(20) if not schedule.wants_another([None] * drafted))
 
 
 def test_the_length_before_the_round_by_hand():
     schedule = sd.AutoSchedule([1.0, 1.35, 1.65, 2.25])
     # At α = 0.75: what a round costs, by the tokens that it yields.
     per_token = [1 / 1, 1.35 / 1.75, 1.65 / 2.3125, 2.25 / 2.734375]
-    assert schedule.worth_s == pytest.approx(min(per_token)) == pytest.approx(per_token[2])
-    assert length_of(schedule) == 2
+    assert min(per_token) == per_token[2] and schedule.draft_tokens == 2
     for _ in range(60):  # the first is always accepted, the second never
-        schedule.learn([None] * 2, 1)
-    assert length_of(schedule) == 1 and schedule.rates[0] > 0.7 > 0.4 > schedule.rates[1]
+        schedule.learn(2, 1)
+    assert schedule.draft_tokens == 1
+    assert list(schedule.accepted[:2] / schedule.tested[:2]) == pytest.approx([0.97, 0], abs=0.03)
 
 
-def test_the_decision_token_by_token_by_hand():
-    schedule = sd.ConfidenceSchedule([1.0, 1.35, 1.6, 1.85])
-    before, worth_s = copy.deepcopy(vars(schedule)), 1.85 / 2.734375
-    # One drafted, of probability p: one more yields 0.75 p for 0.25, two more yield (0.75 + 0.5625) p for 0.5.
-    assert worth_s * 0.75 * 0.5 > 0.25 > worth_s * 0.75 * 0.49  # so p = 0.493 is where it begins to pay
-    for probability, pays in [(0.95, True), (0.55, True), (0.45, False), (0.05, False), (float("nan"), False)]:
-        assert schedule.wants_another([]) and schedule.wants_another([probability]) is pays
-    assert schedule.wants_another([0.95, 0.55]) and not schedule.wants_another([0.95, 0.55, 0.95])
-    assert str(vars(schedule)) == str(before)  # asking changes nothing
-    # 0.45 · 0.5 for 0.25, or 0.45 · (0.5 + 0.25) for 0.5
-    schedule.rates, schedule.worth_s = numpy.array([0.9, 0.5, 0.5]), 1.0
-    assert schedule.wants_another([]) and not schedule.wants_another([0.45])
-    sure = sd.ConfidenceSchedule(costs_of(0.0, 1.2, 2.5))
-    assert sure.wants_another([0.95] * 5) and not sure.wants_another([0.05] * 2)
-
-
-def test_probabilities_are_put_right_by_what_became_of_them():
-    schedule = sd.ConfidenceSchedule(CHEAP[:4])
-    schedule.learn([0.95, 0.31, 0.77], 1)  # the first was right, the second wrong, the third never tested
-    assert list(schedule.by_tenth[9]) == pytest.approx([0.98 * 0.95 * 2 + 1, 0.98 * 2 + 1])
-    assert list(schedule.by_tenth[3]) == pytest.approx([0.98 * 0.35 * 2, 0.98 * 2 + 1])
-    assert list(schedule.by_tenth[7]) == pytest.approx([0.75 * 2, 2.0])
+def test_what_became_of_a_round_by_hand():
+    schedule = sd.AutoSchedule(CHEAP[:4])
+    schedule.learn(3, 1)  # the first was right, the second wrong, the third never tested
     assert list(schedule.accepted) == pytest.approx([0.98 * 6 + 1, 0, 0])
     assert list(schedule.tested) == pytest.approx([0.98 * 8 + 1, 1, 0])
+    before = schedule.accepted, schedule.tested
+    schedule.learn(0, 0)
+    assert (schedule.accepted, schedule.tested) == before and schedule.rounds == 2
 
 
-def test_costs_are_corrected_by_medians():
-    def rounds(drafted, seconds, count):
-        return tuple(sd.Round(drafted, 0, seconds=seconds) for _ in range(count))
-
-    schedule = sd.AutoSchedule([1.0, 2.0, 3.0, 4.0])
-    schedule.end_text(rounds(1, 3.0, schedule.ENOUGH - 1))
-    assert list(schedule.round_s) == [1, 2, 3, 4]  # so few rounds say nothing yet
-    schedule.end_text((*rounds(1, 100.0, 1), *rounds(1, 3.0, 3), *rounds(3, 6.0, 3), *rounds(1, 100.0, 1)))
-    assert list(schedule.round_s) == pytest.approx([1.5, 3, 4.5, 6])  # 2 and 0 are as wrong as those beside them
-    schedule.end_text(rounds(0, 0.5, 20))
-    assert list(schedule.round_s) == pytest.approx([0.5, 3, 4.5, 6])
-    schedule.end_text(rounds(0, 2.0, 15))  # what was long ago is forgotten
-    schedule.end_text(())
-    assert list(schedule.round_s) == pytest.approx([2, 3, 4.5, 6])
+def test_it_drafts_where_that_seems_to_lose_a_little_or_is_tried():
+    """At α = 0.75, one token yields 1.75: for 1.75 of a step that is no gain, for 1.8 a loss of 3 %, for 1.9 of 9 %."""
+    for cost, drafts in ((1.75, True), (1.8, True), (1.9, False)):
+        schedule = sd.AutoSchedule([1.0, cost])
+        tried = []
+        for _ in range(300):
+            tried.append(schedule.draft_tokens)
+            schedule.learn(0, 0)
+        assert tried == [1] * 300 if drafts else tried == ([1] * 6 + [0] * 250 + [1] * 6 + [0] * 38)
 
 
 # With models.
 
 
-@pytest.mark.parametrize("kind", AUTO)
-def test_auto_drafts_long_with_a_perfect_draft_and_not_at_all_while_it_rests(kind):
+def test_auto_drafts_long_with_a_perfect_draft():
     main = make_model("gemma2")
-    with torch.no_grad():
-        main.get_output_embeddings().weight.mul_(20)  # a model that is sure of itself
-    schedule = kind(CHEAP)
-    schedule.rest = 5
-    schedule.learn([], 0)  # the first of them
-    counts = counts_of(speculate(main, main, PROMPT, schedule, 128))
-    assert all(drafted == accepted for drafted, accepted in counts)
-    assert counts[:4] == [(0, 0)] * 4 and counts[4][0] and max(drafted for drafted, _ in counts) == 15
+    counts = counts_of(speculate(main, main, PROMPT, sd.AutoSchedule(CHEAP), 128))
+    assert all(drafted == accepted for drafted, accepted in counts) and max(counts) == (15, 15)
 
 
 def test_on_an_accelerator_the_host_reads_nothing_while_it_drafts(llama):
@@ -254,11 +163,11 @@ def test_on_an_accelerator_the_host_reads_nothing_while_it_drafts(llama):
     schedule, text = sd.AutoSchedule(CHEAP), list(PROMPT)
     draft.reset(ids_of(text[:-1]).to("meta"))
     for _ in range(3):
-        proposal = draft.propose(text, schedule)
-        drafted = length_of(schedule)
+        drafted = schedule.draft_tokens
+        proposal = draft.propose(text, drafted)
         assert proposal.ids.shape == (1, drafted) and drafted > 1
         draft.roll_back(drafted - 1)
-        schedule.learn(proposal.confidences, 1)
+        schedule.learn(drafted, 1)
         text += [1, 2]
 
 

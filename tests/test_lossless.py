@@ -492,7 +492,7 @@ def test_a_main_model_that_is_not_finite_certifies_nothing(value):
         sd.find_divergence(main, PROMPT, output, output)
 
 
-@pytest.mark.parametrize("schedule", [sd.FixedSchedule(3), sd.ConfidenceSchedule([1.0, 1.1, 1.2])], ids=["3", "auto"])
+@pytest.mark.parametrize("schedule", [sd.FixedSchedule(3), sd.AutoSchedule([1.0, 1.1, 1.2])], ids=["3", "auto"])
 def test_a_draft_that_is_not_finite_costs_time_and_never_changes_the_output(schedule):
     model, draft = pair("llama", torch.float32)
     for value in (math.nan, math.inf):

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from helpers import VOCABULARY, Watched, baseline, counts_of, ids_of, pair_of, speculate
 from hypothesis import given, settings
@@ -28,13 +27,13 @@ def test_it_finds_what_a_search_of_everything_finds(text, k, steps):
     draft = sd.NgramDraft(CPU)
     draft.reset(ids_of(text[:1]))
     for end in sorted({*range(1, len(text), steps), len(text)}):  # the text grows by some tokens a round
-        proposal = draft.propose(text[:end], sd.FixedSchedule(k))
+        proposal = draft.propose(text[:end], k)
         assert proposal.ids.tolist() == [looked_up(text[:end], k)] and proposal.q is None
         assert proposal.ids.dtype == torch.long
 
 
 def proposed(draft, text, k=2):
-    return draft.propose(text, sd.FixedSchedule(k)).ids[0].tolist()
+    return draft.propose(text, k).ids[0].tolist()
 
 
 def test_it_finds_the_longest_and_the_latest_and_forgets_the_last_text():
@@ -49,21 +48,6 @@ def test_it_finds_the_longest_and_the_latest_and_forgets_the_last_text():
     assert proposed(draft, [7, 3, 6, 6, 2]) == []  # 2 stood in the last text only
     assert proposed(draft, [7, 3, 6, 6, 2, 7]) == [3, 6]
     assert proposed(draft, [7, 3, 6, 6, 2, 7, 5, 5]) == [5]  # no further than the text goes
-
-
-@pytest.mark.parametrize(
-    ("text", "confidence"),
-    [([1, 2, 3, 4, 1, 2, 3], 0.95), ([1, 2, 3, 4, 2, 3], 0.75), ([1, 2, 3, 4, 5, 3], 0.45), ([1, 2, 3], None)],
-)
-def test_it_is_the_surer_the_more_tokens_match(text, confidence):
-    """The schedule is asked with these confidences, and they are learned from."""
-    draft, asked, schedule = sd.NgramDraft(CPU), [], sd.FixedSchedule(2)
-    draft.reset(ids_of(text))
-    schedule.wants_another = lambda confidences: asked.append(list(confidences)) or len(confidences) < 2
-    proposal = draft.propose(text, schedule)
-    expected = [confidence] * 2 if confidence else []
-    assert proposal.confidences == expected and proposal.ids.shape == (1, len(expected))
-    assert asked == ([[], [confidence], expected] if confidence else [])
 
 
 FEW = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8)
@@ -87,9 +71,9 @@ def test_exact_and_what_was_drafted_is_counted(family, prompt, k):
 # With the automatic draft length.
 
 
-def auto(kind):
+def auto():
     """A schedule for rounds of 0, 1, … 15 draft tokens that take 1, 1.5, … 2 seconds."""
-    return kind([1.0, *(1.5 + k / 28 for k in range(15))])
+    return sd.AutoSchedule([1.0, *(1.5 + k / 28 for k in range(15))])
 
 
 def drafted_by(schedule, text, right, rounds):
@@ -97,25 +81,23 @@ def drafted_by(schedule, text, right, rounds):
     draft, drafted = sd.NgramDraft(CPU), []
     draft.reset(ids_of(text[:1]))
     for _ in range(rounds):
-        confidences = draft.propose(text, schedule).confidences
-        drafted.append(len(confidences))
-        schedule.learn(confidences, drafted[-1] if right else 0)
+        drafted.append(draft.propose(text, schedule.draft_tokens).ids.shape[1])
+        schedule.learn(drafted[-1], drafted[-1] if right else 0)
     return drafted
 
 
 REPEATS = list(range(30)) * 2
 
 
-@pytest.mark.parametrize("kind", [sd.ConfidenceSchedule, sd.AutoSchedule])
-def test_auto_leaves_it_alone_where_it_is_never_right_and_uses_it_where_it_is(kind):
-    assert drafted_by(auto(kind), REPEATS, right=True, rounds=80)[-1] == 15
-    assert sum(drafted_by(auto(kind), REPEATS, right=False, rounds=80)[40:]) <= 4
+def test_auto_leaves_it_alone_where_it_is_never_right_and_uses_it_where_it_is():
+    assert drafted_by(auto(), REPEATS, right=True, rounds=80)[-1] == 15
+    assert sum(drafted_by(auto(), REPEATS, right=False, rounds=80)[40:]) == 0
 
 
 def test_finding_nothing_is_no_rejected_draft():
-    schedule = auto(sd.ConfidenceSchedule)
+    schedule = auto()
     assert drafted_by(schedule, list(range(60)), right=False, rounds=200) == [0] * 200
-    rounds = drafted_by(auto(sd.ConfidenceSchedule), REPEATS, right=True, rounds=20)
+    rounds = drafted_by(auto(), REPEATS, right=True, rounds=20)
     assert drafted_by(schedule, REPEATS, right=True, rounds=20) == rounds
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers import PLAIN, SHAPE, VOCABULARY, baseline, counts_of, ids_of, like, make_model, sd, speculate
+from helpers import PLAIN, SHAPE, VOCABULARY, Scripted, baseline, counts_of, ids_of, like, make_model, sd, speculate
 
 DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 DELTA["layer_types"] = ["linear_attention", "full_attention"]
@@ -170,19 +170,10 @@ def test_accepted_tokens_are_read_again_by_themselves_or_with_the_next(hybrid, m
 
 @over("qwen3_5_text", "mamba2", "zaya")
 def test_a_draft_that_rests_catches_up(hybrid):
-    class Resting(sd.FixedSchedule):
-        rounds = 0
-
-        def wants_another(self, confidences):
-            return self.rounds % 4 == 3 and super().wants_another(confidences)
-
-        def learn(self, confidences, accepted):
-            self.rounds += 1
-
     _, main, draft, texts = hybrid
     for prompt, text in zip(PROMPTS, texts, strict=True):
         for helper in (draft, sd.cached_model(main.model)):
-            run = speculate(main, helper, prompt, Resting(3), NEW)
+            run = speculate(main, helper, prompt, Scripted([0, 0, 0, 3]), NEW)
             assert list(run.token_ids) == text
             assert [drafted for drafted, _ in counts_of(run)][:8] == [0, 0, 0, 3] * 2
             if helper is not draft:  # perfect, also behind a rest
