@@ -815,6 +815,7 @@ def find_divergence(main: CachedModel, prompt_ids: tuple, baseline: tuple, specu
 # 6  How many tokens to draft ------------------------------------------------------------------------------------------
 
 LONGEST = 15  # draft tokens of a round that are considered: with the text's last token they fill a tile of 16 rows
+COSTS_S = 2.0  # seconds that measuring what rounds cost takes at least
 
 
 def verify_widths(draft_tokens: int | str, device: torch.device) -> tuple[int, ...]:
@@ -847,7 +848,7 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
     """The seconds that a round of 0, 1, … draft tokens takes here, behind a prompt, ids [1, n]: the least of many.
 
     `widths`: of compiled verify passes, rising, up to which rounds are measured; () for eager ones. All lengths take
-    turns, three times at least and for two seconds: so each has its share of the moments when nothing else runs on the
+    turns, three times at least and for COSTS_S: so each has its share of the moments when nothing else runs on the
     machine, and these count. At each turn rounds follow each other, for 16 tokens or so: right behind longer ones a
     short one was slower by a tenth.
     """
@@ -857,7 +858,7 @@ def measure_costs(main: CachedModel, draft: Draft, sampler: Sampler, prompt_ids:
     text.append(text[-1])  # any token will do
     main.prefill(prompt_ids)
     draft.reset(prompt_ids)
-    times, end = [[] for _ in schedules], time.perf_counter() + 2
+    times, end = [[] for _ in schedules], time.perf_counter() + COSTS_S
     while len(times[-1]) < 3 or time.perf_counter() < end:
         for drafted, schedule in enumerate(schedules):
             for _ in range(16 // (drafted + 1)):
@@ -1381,12 +1382,14 @@ def library_methods(models: Models, settings: Settings, is_compiled: bool) -> li
 
 
 def short_name(draft: str, settings: Settings) -> str:
-    """What labels call one of several drafts, with a comma: the last part of its name, if that is its alone."""
+    """What labels call one of several drafts, with a comma: the last part of its name or all of it, if its alone."""
     if len(settings.draft) == 1:
         return ""
-    ends = [os.path.basename(name.rstrip("/")) for name in settings.draft]
-    end = ends[settings.draft.index(draft)]
-    return f"{plain(end if end and ends.count(end) == 1 else draft)}, "
+    place = settings.draft.index(draft)
+    names = list(map(plain, settings.draft))
+    ends = [os.path.basename(name.rstrip("/")) for name in names]
+    own = (shown[place] for shown in (ends, names) if shown.count(shown[place]) == 1)
+    return f"{next(filter(None, own), f'draft {place + 1}')}, "
 
 
 @torch.no_grad()
@@ -2146,8 +2149,7 @@ def print_report(console: Console, results: Results) -> None:
         by_speed = {method.label: figures[method.label] for method in ranking}
         print_figures(console, SUMMARY_COLUMNS, "By speed", over_how_many(results, by_speed), methods)
         if by_category := figures_by_category(results, ranking[0]):
-            safe_names = {plain(name): row for name, row in by_category.items()}
-            print_figures(console, SUMMARY_COLUMNS, "By category", safe_names, methods)
+            print_figures(console, SUMMARY_COLUMNS, "By category", by_category, methods)
         drafts = [draft_figures(results.prompts, contender) for contender in results.contenders]
         print_replays(console, results, drafts)
         label, best = next(iter(by_speed.items()))
@@ -2194,7 +2196,7 @@ def figures_by_category(results: Results, method: Method) -> dict:
     groups = defaultdict(list)
     for result in decoded(results.prompts, method.label):
         if result.question.category is not None:
-            groups[result.question.category].append(result)
+            groups[plain(result.question.category)].append(result)
     return {name: figures_of(group, method) for name, group in groups.items()}
 
 
@@ -2476,24 +2478,12 @@ def model_name(name: str) -> str:
     return re.sub(r"^(?:https?://[^/]+/|.*?models--)([\w.-]+?)(?:/|--)([\w.-]+).*", r"\1/\2", name)
 
 
-def impatient_client() -> Any:
-    """The hub's own client, which would wait for ever for a hub that says nothing."""
-
-    def limit(request):
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), 10)  # seconds
-
-    client = huggingface_hub.utils._http.default_client_factory()
-    client.event_hooks = {"request": [*client.event_hooks["request"], limit]}
-    return client
-
-
 def fetch(name: str, files: tuple = SMALL_FILES) -> str:
     """A model's folder: the name itself, or what the hub, or its cache, has of these files by that name."""
     if os.path.exists(name):
         if not os.path.exists(f"{name}/config.json"):
             raise UsageError(f"{name} has no config.json: {NEEDS}")
         return name
-    huggingface_hub.set_client_factory(impatient_client)
     with cli_errors(
         f"get {name} from the hub",
         "check the connection, the token (`hf auth login`) and the disk (HF_HOME), name local folders, or try --demo",

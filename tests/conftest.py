@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, make_model
+from helpers import ROOT, make_model, sd
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,11 @@ def signals_as_before():
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def costs_are_measured_in_an_instant(monkeypatch):
+    monkeypatch.setattr(sd, "COSTS_S", 0)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,11 @@ import os
 import pathlib
 import sys
 import threading
-import time
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSALS = {"gated": (403, "GatedRepo"), "gated-too": (401, "GatedRepo"), "hidden": (401, "RepoNotFound")}
 REFUSALS |= {"missing": (404, "RepoNotFound"), "forbidden": (403, None), "broken": (500, None)}
-ONLINE = ["whole", "excluded", *REFUSALS, "gated-files", "cut", "silent"]
+ONLINE = ["whole", "excluded", *REFUSALS, "gated-files", "cut"]
 fetched = []
 
 
@@ -44,8 +43,6 @@ def serve(folder: pathlib.Path, port: int = 0) -> http.server.ThreadingHTTPServe
             asked, _, file = self.path.partition("?")[0].strip("/").partition(f"resolve/{COMMIT}/")
             parts = asked.split("/")
             case = next((part for part in parts if part in ONLINE), "missing")
-            if case == "silent":
-                time.sleep(600)  # longer than anybody waits
             if case in REFUSALS or (case == "gated-files" and file):
                 status, code = REFUSALS.get(case, (403, "GatedRepo"))
                 self.answer(status, **({"X_Error_Code": code} if code else {}))

@@ -434,6 +434,8 @@ def test_sampled_texts_of_the_library_are_the_same_each_time(llama):
         (("x/", "ngram"), ("x, ", "ngram, ")),  # as the main model's own folder, x/
         (("/", "ngram"), ("/, ", "ngram, ")),
         (("models/a\x1b[2J\u202e", "ngram"), ("a�[2J�, ", "ngram, ")),
+        (("x/a\x1b", "y/a\x07"), ("x/a�, ", "y/a�, ")),
+        (("x/a\x1b", "x/a\x07"), ("draft 1, ", "draft 2, ")),  # one label would be one row for both
     ],
 )
 def test_short_names_of_drafts(drafts, names):
