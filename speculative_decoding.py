@@ -288,13 +288,10 @@ class CachedModel:
     tokens are undone without reading the text anew.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, device: torch.device | None = None, vocabulary: int | None = None, excluded=()
-    ):
-        """Its inputs go to `device`, or to that of its weights. It chooses no ids ≥ `vocabulary` or in `excluded`."""
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, vocabulary: int | None = None):
+        """Its inputs go to `device`, or to that of its weights. It chooses ids below `vocabulary`, if that is given."""
         self.model, self.vocabulary = model.eval().requires_grad_(False), vocabulary
         self.device = device or model.device
-        self.excluded = torch.as_tensor(excluded, dtype=torch.long, device=self.device)  # [m]: another model lacks them
         config = model.config.get_text_config()
         # A single token attends to all that the cache returns, where attention is full or sliding. Some models, as
         # Gemma 2, would build masks that say so in every step; this zero is added to all scores instead.
@@ -322,12 +319,7 @@ class CachedModel:
     def run(self, ids: Tensor, logits_to_keep: int, **inputs: Any) -> Tensor:
         """The forward pass itself; `inputs`: what else the model is given."""
         output = self.model(ids, cache=self.cache, use_cache=True, logits_to_keep=logits_to_keep, **inputs)
-        return self.choosable(output.logits[0])
-
-    def choosable(self, logits: Tensor) -> Tensor:
-        """The logits, [n, …], of the ids that it may choose, [n, vocabulary]: -inf for those that are excluded."""
-        logits = logits[:, : self.vocabulary]
-        return logits.index_fill(1, self.excluded, -math.inf) if len(self.excluded) else logits
+        return output.logits[0, :, : self.vocabulary]
 
     def roll_back(self, tokens: int) -> None:
         """Remove the latest tokens from the cache: at most those read since the last roll-back; the others stay."""
@@ -722,7 +714,8 @@ def logits_along(reader: CachedModel, text: Tensor, start: int) -> Iterator[Tens
     for first in range(start, text.shape[1], SLICE):
         end = min(first + SLICE, text.shape[1])
         # Nothing here holds the logits while they are compared, as inference_mode() of a generator would.
-        yield reader.choosable(reader.model(text[:, : end - 1], use_cache=False, logits_to_keep=end - first).logits[0])
+        read = {"input_ids": text[:, : end - 1], "use_cache": False, "logits_to_keep": end - first}
+        yield reader.model(**read).logits[0, :, : reader.vocabulary]
 
 
 def text_of(main: CachedModel, prompt_ids: tuple, output_ids: tuple) -> tuple[Tensor, int]:
@@ -1043,7 +1036,7 @@ class CompiledModel(CachedModel):
         """
         self.eager, self.steps = eager, {}  # compiled, by what is done with the logits, and the number of tokens
         self.cache, self.lengths = Cache(layers=[]), []  # lengths: of the cache's layers, [] each
-        super().__init__(eager.model, eager.device, eager.vocabulary, eager.excluded)
+        super().__init__(eager.model, eager.device, eager.vocabulary)
         for layer in eager.cache.layers:
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 # Stored in full, also with a sliding window: the mask hides what lies outside. A multiple of 8 keeps
@@ -1220,7 +1213,7 @@ def layer_state(layer: Any) -> dict:
 
 
 def cached_model(model: PreTrainedModel, *how: Any) -> CachedModel:
-    """The model with its cache: a RecurrentModel if the library marks it as one that has a state."""
+    """A CachedModel of these arguments: a RecurrentModel if the library marks the model as one that has a state."""
     return (RecurrentModel if model._is_stateful else CachedModel)(model, *how)
 
 
@@ -2489,7 +2482,8 @@ def fetch(name: str, files: tuple = SMALL_FILES) -> str:
         "check the connection, the token (`hf auth login`) and the disk (HF_HOME), name local folders, or try --demo",
     ):
         try:
-            return huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns="*/*", etag_timeout=5)
+            other_forms = ("*/*", "consolidated*")  # of the same weights
+            return huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=other_forms)
         except hub_errors.IncompleteSnapshotError as error:  # not to be reached; what the cache has may be enough
             return error.snapshot_path
         except hub_errors.GatedRepoError as error:
@@ -2505,15 +2499,6 @@ def fetch(name: str, files: tuple = SMALL_FILES) -> str:
             ) from error
 
 
-def weight_files(folder: str) -> list:
-    """The files of a model's weights, which are in its folder or still to be fetched."""
-    index = pathlib.Path(folder, "model.safetensors.index.json")
-    if not index.exists():
-        return ["model.safetensors"]
-    with cli_errors(f"read {index}", NEEDS):
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
 class ModelFiles(NamedTuple):
     """A model before its weights are loaded."""
 
@@ -2523,10 +2508,9 @@ class ModelFiles(NamedTuple):
     auto: Any  # the library's class that loads it
     dtype: torch.dtype
     parameters: int
-    vocabulary: int  # all ids are below it
+    vocabulary: int  # all ids are below it; of a draft: all that the main model has, too
     keeps_state: bool  # see RecurrentModel
     quantization: str  # its method; "" if there is none
-    excluded: tuple = ()  # of a draft: ids that mean something else to the main model, or nothing
 
 
 def read_model(name: str, dtype: torch.dtype) -> ModelFiles:
@@ -2587,9 +2571,7 @@ def check_memory(files: ModelFiles, device: torch.device) -> None:
     """Raise UsageError if a model's weights, a tenth more and 1 GB, take more than the device has free."""
     weights = files.parameters * files.dtype.itemsize
     if files.quantization:  # what is not downloaded yet is not counted
-        folder = fetch(files.name)
-        paths = [pathlib.Path(folder, file) for file in weight_files(folder)]
-        weights = sum(path.stat().st_size for path in paths if path.exists())
+        weights = sum(path.stat().st_size for path in pathlib.Path(fetch(files.name)).glob("model*.safetensors"))
     needed, free = 1.1 * weights / 1e9 + 1, free_memory(device) / 1e9
     if needed > free:
         raise UsageError(
@@ -2638,10 +2620,7 @@ def load_model(files: ModelFiles, device: torch.device, placement: dict | None =
     """Load a model's weights, onto the device, or as `placement` says: arguments of from_pretrained()."""
     if not placement:
         check_memory(files, device)
-    needed = weight_files(fetch(files.name))
-    folder = fetch(files.name, (*SMALL_FILES, *needed))
-    if missing := [file for file in needed if not os.path.exists(f"{folder}/{file}")]:
-        raise UsageError(f"{files.name} lacks {missing[0]}: {NEEDS}")
+    folder = fetch(files.name, (*SMALL_FILES, "*.safetensors"))
     with cli_errors(f"load {files.name}", NEEDS):
         model, loading = files.auto.from_pretrained(
             folder,
@@ -2704,10 +2683,9 @@ def load_tokenizer(files: ModelFiles) -> Any:
     return tokenizer
 
 
-def differing_ids(main: Any, draft: Any, names: str) -> tuple:
-    """The ids of added tokens that two tokenizers name differently, or one of them lacks; added: as <|im_end|> is.
-
-    Raises UsageError if an ordinary token differs.
+def check_tokenizers(main: Any, draft: Any, names: str) -> None:
+    """Raise UsageError if an ordinary token of two tokenizers differs. Added ones may, as <|im_end|> is: a draft that
+    proposes one of those where the main model has another is only wrong.
     """
     differing = main.get_vocab().items() ^ draft.get_vocab().items()
     added = main.get_added_vocab() | draft.get_added_vocab()
@@ -2716,7 +2694,6 @@ def differing_ids(main: Any, draft: Any, names: str) -> tuple:
             f"{names} have different tokenizers ({min(ordinary)!r} is not the same in both): take a draft of the main "
             "model's family, or --draft ngram"
         )
-    return tuple(sorted({token_id for _, token_id in differing}))
 
 
 def end_tokens(files: ModelFiles, tokenizer: Any) -> frozenset:
@@ -2954,15 +2931,14 @@ def read(given: Settings, device: torch.device, console: Console) -> Plan:
 
 
 def read_draft(plan: Plan, name: str) -> ModelFiles | None:
-    """A draft's model before its weights are loaded, for the ids that the main model has; of n-grams none."""
+    """A draft's model before its weights are loaded; of n-grams none."""
     if name == NGRAM:
         return None
     files, main = read_model(name, plan.files.dtype), plan.files
     if plan.longest > (context := context_of(files.config)):
         raise UsageError(f"its context of {context} tokens is less than a text's {plan.longest}: shorten the prompts")
-    differing = differing_ids(plan.chat.tokenizer, load_tokenizer(files), f"{main.name} and {name}")
-    vocabulary = min(files.vocabulary, main.vocabulary)
-    return files._replace(vocabulary=vocabulary, excluded=tuple(each for each in differing if each < vocabulary))
+    check_tokenizers(plan.chat.tokenizer, load_tokenizer(files), f"{main.name} and {name}")
+    return files._replace(vocabulary=min(files.vocabulary, main.vocabulary))
 
 
 def describe(console: Console, plan: Plan) -> None:
@@ -3016,7 +2992,7 @@ def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable
     files, model = loaded
     name, draft = NGRAM, NgramDraft(main.device)
     if files:
-        cached = cached_model(model, main.device, files.vocabulary, files.excluded)
+        cached = cached_model(model, main.device, files.vocabulary)
         if widths and not files.keeps_state:
             cached = CompiledModel(cached, plan.longest + 2)
             lengths = (2,) if widths == (2,) else (1, 2)  # with K = 1 a draft never reads a token of its own

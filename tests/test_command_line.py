@@ -482,9 +482,8 @@ def test_drafts_that_cannot_run_are_rows_and_the_others_go_on(tmp_path, capsys, 
     models, seen = failing(monkeypatch, lambda ids: True, "late"), []
 
     def measure_costs(main, draft, *further):
-        """Note what holds as each draft is measured: the failing model that is still alive, what is not proposed."""
-        excluded = draft.model.excluded if isinstance(draft, sd.ModelDraft) else None
-        seen.append(([model() is None for model in models], None if excluded is None else excluded.tolist()))
+        """Note whether the failing model is gone as each draft is measured."""
+        seen.append([model() is None for model in models])
         return measure(main, draft, *further)
 
     measure, out = sd.measure_costs, tmp_path / "out.json"
@@ -512,11 +511,7 @@ def test_drafts_that_cannot_run_are_rows_and_the_others_go_on(tmp_path, capsys, 
     assert (
         said.endswith("Loading …\n") and "\x1b" not in printed and summaries_of(report)["alike, K = 3"]["accepted"] > 0
     )
-    # The failing model's memory was given back. And a draft with the same special tokens by other names, and more of
-    # them, never proposes what only it knows.
-    assert [model for model, _ in seen][2:] == [[True]] * 2 and [ids or None for _, ids in seen] == [None] * 3 + [
-        [*range(7)]
-    ]
+    assert seen[2:] == [[True]] * 2  # its memory was given back
 
 
 def test_only_the_main_model_and_the_prompts_end_a_run(tmp_path, capsys, one_prompt):

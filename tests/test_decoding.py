@@ -1,5 +1,7 @@
 """The two loops: exact on every architecture and at every edge, their invariant kept, their rounds and times right."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -172,29 +174,21 @@ def test_tokens_that_only_the_main_model_knows(family):
     assert sum(token >= VOCABULARY for token in emitted) > 12 and accepted > 12
 
 
-@pytest.mark.parametrize("tokens", [VOCABULARY, 50, 80], ids=["as many", "fewer", "more"])
 @pytest.mark.parametrize("sampler", [sd.Greedy(), sd.Sampling(0.05)], ids=["greedy", "sampled"])
-def test_excluded_ids_are_never_proposed_and_change_no_output(sampler, tokens, monkeypatch):
-    """Of a draft that knows as many ids as the main model, or fewer, or more: some of these are excluded, too."""
+def test_ids_that_only_the_draft_knows_are_never_proposed(sampler, monkeypatch):
     main = pair_of("llama", 0.0)[0]
-    right = baseline(main, PROMPT, 40, sampler=sampler).token_ids
-    model, known = with_more_tokens(like(main, 0.02), tokens), min(tokens, VOCABULARY)
-    excluded = tuple(sorted(token for token in set(right) if token < known)[::2])
+    draft = with_more_tokens(like(main, 0.02), 80)
     noted = []  # what is proposed, and of what distribution
     accept = sampler.accept
     monkeypatch.setattr(sampler, "accept", lambda *given: noted.append(given[1:]) or accept(*given))
-    for each in ((), excluded):
+    for known in (None, VOCABULARY):  # not told what the main model knows, it does propose others
         noted.clear()
-        result = speculate(main, sd.CachedModel(model, None, known, each), PROMPT, 3, 40, sampler=sampler)
-        proposed = set(torch.cat([draft_ids for draft_ids, _ in noted]).tolist())
-        assert 0 < sum(accepted for _, accepted in counts_of(result)) and max(proposed) < known
-        assert bool(proposed.intersection(excluded)) == (not each)
-        if isinstance(sampler, sd.Greedy):
-            assert result.token_ids == right
-        else:
-            assert all(
-                q.shape[1] == known and not q[:, [token for token in each if token < known]].any() for _, q in noted
-            )
+        with nullcontext() if known else pytest.raises((IndexError, RuntimeError)):
+            result = speculate(main, sd.CachedModel(draft, None, known), PROMPT, 3, 40, sampler=sampler)
+    assert 0 < sum(accepted for _, accepted in counts_of(result))
+    assert all(q is None or q.shape[1] == VOCABULARY for _, q in noted)
+    if isinstance(sampler, sd.Greedy):
+        assert result.token_ids == baseline(main, PROMPT, 40).token_ids
 
 
 # The rounds and the log-likelihood, by an independent reference: no cache, each logit from a pass over the whole text.

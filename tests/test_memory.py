@@ -40,11 +40,9 @@ def test_of_a_quantised_model_the_files_are_counted(tmp_path, monkeypatch):
     """Those of its weights that are there, and no others."""
     config = json.loads((BUNDLED / "main/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    for name, size in (("a.safetensors", 20_000_000), ("b.safetensors", 30_000_000), ("other.safetensors", 90_000_000)):
+    for name, size in (("model-1.safetensors", 20_000_000), ("model-2.safetensors", 30_000_000), ("other", 90_000_000)):
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)
-    weights = {"some.weight": "a.safetensors", "another.weight": "b.safetensors", "third.weight": "missing.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     check_needs(sd.read_model(str(tmp_path), torch.bfloat16), 50_000_000, monkeypatch)
 
 

@@ -240,7 +240,6 @@ WAYS = {  # a draft, a schedule, and how many texts
     "every other": (DRAFT, Scripted([0, 1]), 200),
     "ngram": ("ngram", 2, 200),
     "knows fewer ids": (SMALL_DRAFT, 2, 300),
-    "excluded ids": (sd.CachedModel(DRAFT, None, None, (0, 4)), 2, 300),
 }
 
 
