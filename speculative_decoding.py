@@ -2633,7 +2633,6 @@ def load_model(files: ModelFiles, device: torch.device, placement: dict | None =
         )
     if absent := loading["missing_keys"]:
         raise UsageError(f"{files.name} lacks some weights, as {min(absent)}: {NEEDS}")
-    check_reading(model, files.name, device)
     return model
 
 
@@ -2647,20 +2646,20 @@ def check_reading(model: PreTrainedModel, name: str, device: torch.device) -> No
     alone: on 37 random models of 2 to 16 layers, in three types, by at most 1.2 times what `rounding_again` changes;
     what is wrong by at least 9 times. The median over positions, as a mixture's choice of experts can change at some.
     """
-    ids = (torch.arange(24, device=device) * 7 % model.config.get_text_config().vocab_size)[None]
+    text = (torch.arange(25, device=device) * 7 % model.config.get_text_config().vocab_size)[None]
     with cli_errors(f"run {name} on token ids alone, with a cache", NEEDS):
-        whole = model(ids, use_cache=False).logits[0]
-        cached = cached_model(model, device)
+        reader = cached_model(model, device)
+        whole = next(logits_along(reader, text, 1))  # of 24 tokens: the last one is not read
         pieces = []
-        prompt, *rest = ids.split([8, *(3, 1) * 4], dim=1)
-        cached.prefill(prompt)
+        prompt, *rest = text[:, :24].split([8, *(3, 1) * 4], dim=1)
+        reader.prefill(prompt)
         for piece in rest:
-            cached.forward(ids[:, :2])
-            cached.roll_back(2)
-            pieces.append(cached.forward(piece))
-            cached.roll_back(0)
+            reader.forward(text[:, :2])
+            reader.roll_back(2)
+            pieces.append(reader.forward(piece))
+            reader.roll_back(0)
         with rounding_again(model):
-            rounded = difference(whole, model(ids, use_cache=False).logits[0])
+            rounded = difference(whole, next(logits_along(reader, text, 1)))
     noise = max(rounded.median().item(), torch.finfo(model.dtype).eps)
     if difference(whole[8:], torch.cat(pieces)).median().item() > 4 * noise:
         raise UsageError(
@@ -2990,15 +2989,16 @@ def compile_main(plan: Plan, main: CachedModel, console: Console, announce: Call
 def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable, loaded: tuple) -> Contender:
     """A loaded draft, compiled if the main model is, and what its rounds cost in the middle of a usual text."""
     files, model = loaded
-    name, draft = NGRAM, NgramDraft(main.device)
+    name, draft = files.name if files else NGRAM, NgramDraft(main.device)
     if files:
+        check_reading(model, name, main.device)
         cached = cached_model(model, main.device, files.vocabulary)
         if widths and not files.keeps_state:
             cached = CompiledModel(cached, plan.longest + 2)
             lengths = (2,) if widths == (2,) else (1, 2)  # with K = 1 a draft never reads a token of its own
             steps = [(plan.sampler.sample_draft, tokens) for tokens in lengths]
             compile_steps(cached, plan.sampler, steps, announce)
-        name, draft = files.name, ModelDraft(cached, plan.sampler)
+        draft = ModelDraft(cached, plan.sampler)
     ids = sorted((question.ids for question in plan.questions), key=len)[len(plan.questions) // 2]
     ids += ids[-1:] * (plan.settings.max_new_tokens // 2)  # any will do
     costs = measure_costs(main, draft, plan.sampler, torch.tensor([ids], device=main.device), widths)
@@ -3041,10 +3041,13 @@ def prepare(given: Settings, peers: Peers, scratch: str) -> Ready:
     device = choose_device(given.device)
     plan = read(given, device, console)
     announce("Loading …")
-    main, widths = cached_model(load(plan, device, scratch), device), ()
+    model, widths = load(plan, device, scratch), ()
+    with suppress(Exception):  # what is wrong with a model, the next line says
+        choose_threads(cached_model(model, device))
+    check_reading(model, plan.files.name, device)
+    main = cached_model(model, device)
     if "TORCH_LOGS" not in os.environ:  # what libraries would say of the runs is said in one line, or in the table
         logging.disable()
-    choose_threads(main)
     if plan.settings.compile == "on":
         main = compile_main(plan, main, console, announce)
         widths = plan.widths if isinstance(main, CompiledModel) else ()

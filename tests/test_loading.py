@@ -514,13 +514,15 @@ def test_decoders_read_on_from_their_cache(kind, dtype):
 @pytest.mark.parametrize("kind", WRONG)
 def test_models_that_do_not_read_on_from_a_cache_as_from_the_text_are_refused(tmp_path, kind, dtype):
     saved(tmp_path, make_model(WRONG[kind]()))
-    said = refusal(lambda: sd.load_model(read(tmp_path, dtype), CPU))
+    model = sd.load_model(read(tmp_path, dtype), CPU)
+    said = refusal(lambda: sd.check_reading(model, str(tmp_path), CPU))
     assert said.startswith((f"{tmp_path} does not go on from a cache ", f"cannot run {tmp_path} "))
 
 
 def test_models_that_cannot_run_on_ids_alone_are_refused(tmp_path):
     saved(tmp_path, make_model(transformers.XmodConfig(**BERT, is_decoder=True)))
-    said = refusal(lambda: sd.load_model(read(tmp_path), CPU))
+    model = sd.load_model(read(tmp_path), CPU)
+    said = refusal(lambda: sd.check_reading(model, str(tmp_path), CPU))
     assert f"cannot run {tmp_path} on token ids alone, with a cache: Input language unknown" in said
 
 
