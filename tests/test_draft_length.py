@@ -132,9 +132,9 @@ def test_what_became_of_a_round_by_hand():
     schedule.learn(3, 1)  # the first was right, the second wrong, the third never tested
     assert list(schedule.accepted) == pytest.approx([0.98 * 6 + 1, 0, 0])
     assert list(schedule.tested) == pytest.approx([0.98 * 8 + 1, 1, 0])
-    before = schedule.accepted, schedule.tested
+    before = list(schedule.accepted), list(schedule.tested)
     schedule.learn(0, 0)
-    assert (schedule.accepted, schedule.tested) == before and schedule.rounds == 2
+    assert (list(schedule.accepted), list(schedule.tested)) == before and schedule.rounds == 2
 
 
 def test_it_drafts_where_that_seems_to_lose_a_little_or_is_tried():
