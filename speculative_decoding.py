@@ -347,7 +347,7 @@ class Sampler:
     Three methods say what follows a forward pass (`then` of CachedModel.step), from its logits, [n, vocabulary], the
     ids that it read, [1, n], and random numbers, [1] or None. They run on the device, and can be compiled with it.
       sample        the next token, [1, 1], from the logits before it, [1, vocabulary]
-      sample_draft  that token, and the distribution q that it was drawn from, [1, vocabulary]; None if it was not drawn
+      sample_draft  that token, and q, the distribution it was drawn from, [1, vocabulary], or None: nothing was drawn
       score         of a verify pass: the target output, [K+1, …], by which `accept` decides, and the log-likelihood of
                     each draft token under the main model at temperature 1, [K], in nats, float32
     `accept` returns what a round emits, from the target output, the draft tokens, [K], and q, [K, vocabulary] or None:
@@ -808,7 +808,7 @@ def find_divergence(main: CachedModel, prompt_ids: tuple, baseline: tuple, specu
 # 6  How many tokens to draft ------------------------------------------------------------------------------------------
 
 LONGEST = 15  # draft tokens of a round that are considered: with the text's last token they fill a tile of 16 rows
-COSTS_S = 2.0  # seconds that measuring what rounds cost takes at least
+COSTS_S = 2.0  # what rounds cost is measured for at least so many seconds
 
 
 def verify_widths(draft_tokens: int | str, device: torch.device) -> tuple[int, ...]:
@@ -878,17 +878,17 @@ class AutoSchedule(FixedSchedule):
     """Draft as many tokens as pay, chosen before each round; none where drafting only loses. It keeps learning.
 
     A round of K draft tokens yields 1 + P(first accepted) + … + P(first K accepted) tokens (Leviathan et al. 2023,
-    equation 1, with what was lately accepted at each position). Its cost by these tokens is the time per token; the
-    best K has the shortest. Decided before the round, it never makes an accelerator wait for the host.
+    equation 1, with what was lately accepted at each position). Its cost divided by these tokens is the time per token,
+    and K is where that is least. As K is fixed before the round, an accelerator never waits for the host.
     """
 
     FADING = 0.98  # the weight of a round beside the next one's: about the last 50 count
     ALIKE = 16  # tests; a position of which there are fewer counts as most others do
-    MARGIN = 1.04  # to draft nothing must be faster by 4 %: it would learn nothing more
-    PERIOD, TRIED = 256, 6  # rounds: in the first 6 of 256 it drafts all the same, to see if that still loses
+    MARGIN = 1.04  # drafting nothing must be 4 % faster to be chosen, as nothing is learned from it
+    PERIOD, TRIED = 256, 6  # rounds: of each 256 the first 6 always draft, to see whether that still loses
 
     def __init__(self, costs: tuple, widths: tuple = ()):
-        """`costs`: of `measure_costs`."""
+        """`costs`: of `measure_costs`, taken as they are for the whole run."""
         super().__init__(0, widths)
         self.costs, self.rounds = numpy.array(costs), 0  # rounds so far
         self.accepted, self.tested = numpy.zeros((2, len(costs) - 1))  # by position; those of old rounds fade
@@ -1375,7 +1375,7 @@ def library_methods(models: Models, settings: Settings, is_compiled: bool) -> li
 
 
 def short_name(draft: str, settings: Settings) -> str:
-    """What labels call one of several drafts, with a comma: the last part of its name or all of it, if its alone."""
+    """What labels call one of several drafts, with a comma: the last part of its name, or all of it, or a number."""
     if len(settings.draft) == 1:
         return ""
     place = settings.draft.index(draft)
@@ -2142,7 +2142,8 @@ def print_report(console: Console, results: Results) -> None:
         by_speed = {method.label: figures[method.label] for method in ranking}
         print_figures(console, SUMMARY_COLUMNS, "By speed", over_how_many(results, by_speed), methods)
         if by_category := figures_by_category(results, ranking[0]):
-            print_figures(console, SUMMARY_COLUMNS, "By category", by_category, methods)
+            safe_names = {plain(name): row for name, row in by_category.items()}
+            print_figures(console, SUMMARY_COLUMNS, "By category", safe_names, methods)
         drafts = [draft_figures(results.prompts, contender) for contender in results.contenders]
         print_replays(console, results, drafts)
         label, best = next(iter(by_speed.items()))
@@ -2189,7 +2190,7 @@ def figures_by_category(results: Results, method: Method) -> dict:
     groups = defaultdict(list)
     for result in decoded(results.prompts, method.label):
         if result.question.category is not None:
-            groups[plain(result.question.category)].append(result)
+            groups[result.question.category].append(result)
     return {name: figures_of(group, method) for name, group in groups.items()}
 
 
@@ -2508,7 +2509,7 @@ class ModelFiles(NamedTuple):
     auto: Any  # the library's class that loads it
     dtype: torch.dtype
     parameters: int
-    vocabulary: int  # all ids are below it; of a draft: all that the main model has, too
+    vocabulary: int  # all ids are below it; of a draft: those that it may propose
     keeps_state: bool  # see RecurrentModel
     quantization: str  # its method; "" if there is none
 
@@ -2571,7 +2572,8 @@ def check_memory(files: ModelFiles, device: torch.device) -> None:
     """Raise UsageError if a model's weights, a tenth more and 1 GB, take more than the device has free."""
     weights = files.parameters * files.dtype.itemsize
     if files.quantization:  # what is not downloaded yet is not counted
-        weights = sum(path.stat().st_size for path in pathlib.Path(fetch(files.name)).glob("model*.safetensors"))
+        paths = pathlib.Path(fetch(files.name)).glob("model*.safetensors")
+        weights = sum(path.stat().st_size for path in paths if path.exists())
     needed, free = 1.1 * weights / 1e9 + 1, free_memory(device) / 1e9
     if needed > free:
         raise UsageError(
@@ -2683,8 +2685,9 @@ def load_tokenizer(files: ModelFiles) -> Any:
 
 
 def check_tokenizers(main: Any, draft: Any, names: str) -> None:
-    """Raise UsageError if an ordinary token of two tokenizers differs. Added ones may, as <|im_end|> is: a draft that
-    proposes one of those where the main model has another is only wrong.
+    """Raise UsageError if an ordinary token of two tokenizers differs.
+
+    Added tokens, such as <|im_end|>, may differ: a draft that proposes one of these is merely rejected.
     """
     differing = main.get_vocab().items() ^ draft.get_vocab().items()
     added = main.get_added_vocab() | draft.get_added_vocab()
@@ -2967,11 +2970,27 @@ def about(files: ModelFiles | Failure | None) -> str:
 def load(plan: Plan, device: torch.device, scratch: str) -> PreTrainedModel:
     """Load the main model, and the drafts' models, each beside its files. Raises UsageError."""
     is_spread = plan.settings.device_map is not None
-    main = None if is_spread else load_model(plan.files, device)
-    plan.drafts.advance(lambda files: (files, files and load_model(files, device)), device)
+    main = None if is_spread else load_main(plan.files, device)
+    plan.drafts.advance(lambda files: (files, files and load_draft(files, device)), device)
     if is_spread:  # over what the drafts leave
-        main = load_model(plan.files, device, {"device_map": "auto", "offload_folder": scratch})
+        main = load_main(plan.files, device, {"device_map": "auto", "offload_folder": scratch})
     return main
+
+
+def load_main(files: ModelFiles, device: torch.device, placement: dict | None = None) -> PreTrainedModel:
+    """Load the main model, as `load_model` does; choose threads by it, and check how it reads. Raises UsageError."""
+    model = load_model(files, device, placement)
+    with suppress(Exception):  # if it cannot run, `check_reading` says why
+        choose_threads(cached_model(model, device))
+    check_reading(model, files.name, device)
+    return model
+
+
+def load_draft(files: ModelFiles, device: torch.device) -> PreTrainedModel:
+    """Load a draft's model, and check how it reads. Raises UsageError."""
+    model = load_model(files, device)
+    check_reading(model, files.name, device)
+    return model
 
 
 def compile_main(plan: Plan, main: CachedModel, console: Console, announce: Callable) -> CachedModel:
@@ -2991,7 +3010,6 @@ def build_draft(plan: Plan, main: CachedModel, widths: tuple, announce: Callable
     files, model = loaded
     name, draft = files.name if files else NGRAM, NgramDraft(main.device)
     if files:
-        check_reading(model, name, main.device)
         cached = cached_model(model, main.device, files.vocabulary)
         if widths and not files.keeps_state:
             cached = CompiledModel(cached, plan.longest + 2)
@@ -3041,11 +3059,7 @@ def prepare(given: Settings, peers: Peers, scratch: str) -> Ready:
     device = choose_device(given.device)
     plan = read(given, device, console)
     announce("Loading …")
-    model, widths = load(plan, device, scratch), ()
-    with suppress(Exception):  # what is wrong with a model, the next line says
-        choose_threads(cached_model(model, device))
-    check_reading(model, plan.files.name, device)
-    main = cached_model(model, device)
+    main, widths = cached_model(load(plan, device, scratch), device), ()
     if "TORCH_LOGS" not in os.environ:  # what libraries would say of the runs is said in one line, or in the table
         logging.disable()
     if plan.settings.compile == "on":

@@ -519,6 +519,18 @@ def test_models_that_do_not_read_on_from_a_cache_as_from_the_text_are_refused(tm
     assert said.startswith((f"{tmp_path} does not go on from a cache ", f"cannot run {tmp_path} "))
 
 
+def test_the_program_refuses_such_a_main_model_and_makes_such_a_draft_a_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sd, "memory_bandwidth_gb_s", lambda device: 20.0)
+    folder, reason = draft_in(tmp_path / "bert"), "does not go on from a cache"
+    saved(folder, make_model(transformers.BertConfig(**BERT | {"vocab_size": 2048, "max_position_embeddings": 512})))
+    how = ["--demo", "--device", "cpu", "--limit", "1", "--max-new-tokens", "4", "--draft-tokens", "2"]
+    assert sd.main([*how[1:], "--prompts", str(MAIN.parent / "prompts.txt"), "--main", str(folder)]) == 2
+    assert reason in capsys.readouterr().err
+    assert sd.main([*how, "--draft", f"{folder},ngram"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(reason) == 1 and "ngram, K = 2" in printed
+
+
 def test_models_that_cannot_run_on_ids_alone_are_refused(tmp_path):
     saved(tmp_path, make_model(transformers.XmodConfig(**BERT, is_decoder=True)))
     model = sd.load_model(read(tmp_path), CPU)
