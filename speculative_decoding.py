@@ -596,12 +596,12 @@ class ModelDraft(Draft):
             self.model.prefill(prompt_ids[:, :-1].clamp(max=self.last_id))
 
     def propose(self, text: list[int], count: int) -> Proposal:
+        if not count:
+            return Proposal(torch.empty(1, 0, dtype=torch.long, device=self.model.device))
         tokens, q = [], []
         # First it reads what its cache lacks of the text, [1, 2] or more, then each token just drafted, [1, 1], which
         # never leaves the device.
         latest = torch.tensor([text[self.has_read :]], device=self.model.device).clamp(max=self.last_id)
-        if not count:
-            return Proposal(latest[:, :0])
         for _ in range(count):
             latest, drawn_from = self.model.step(self.sampler.sample_draft, latest, self.sampler.uniform(1))
             tokens.append(latest)
@@ -886,6 +886,7 @@ class AutoSchedule(FixedSchedule):
     ALIKE = 16  # tests; a position of which there are fewer counts as most others do
     MARGIN = 1.04  # drafting nothing must be 4 % faster to be chosen, as nothing is learned from it
     PERIOD, TRIED = 256, 6  # rounds: of each 256 the first 6 always draft, to see whether that still loses
+    KEPT = 0.25  # of what was learned, when it tries again after a rest: else six rounds would say little
 
     def __init__(self, costs: tuple, widths: tuple = ()):
         """`costs`: of `measure_costs`, taken as they are for the whole run."""
@@ -906,6 +907,9 @@ class AutoSchedule(FixedSchedule):
 
     def learn(self, drafted: int, accepted: int) -> None:
         self.rounds += 1
+        if not self.draft_tokens and self.rounds % self.PERIOD == 0:
+            self.accepted *= self.KEPT
+            self.tested *= self.KEPT
         if drafted:
             self.accepted *= self.FADING
             self.accepted[:accepted] += 1

@@ -113,6 +113,16 @@ def test_a_draft_that_has_become_good_is_taken_up():
     assert 0 not in simulate(sd.AutoSchedule(costs), [1.0] * 15, costs, texts=1, tokens=5000)[1]
 
 
+@pytest.mark.parametrize("c", MACHINES)
+def test_the_first_trial_after_a_long_rest_takes_it_up(c):
+    """What was rejected before the rest counts little against what is accepted in it."""
+    schedule = sd.AutoSchedule(MACHINES[c])
+    assert simulate(schedule, [0.0] * 15, MACHINES[c], texts=10)[1][-1] == 0
+    _, lengths = simulate(schedule, [0.9] * 15, MACHINES[c])
+    tried = next(number for number, drafted in enumerate(lengths) if drafted)
+    assert tried < 256 and 0 not in lengths[tried:]
+
+
 # By hand.
 
 
